@@ -1,0 +1,95 @@
+#!/usr/bin/env python
+"""Train a restorer on clean photographs: Ray Train, distributed data-parallel, fed by Ray Data from packed Parquet.
+
+Start it again with the same --name and it goes on after the last finished epoch. At the end STORAGE/NAME holds
+model/ (for `restore_bucket.py --model`), metrics.csv, loss.png and samples.png.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from jobs import command_line
+from restore_core.config import PRESETS, TrainConfig, parse_schedule, require
+from restore_core.errors import DivergedError, UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    data: str
+    """Dataset Parquet from jobs/pack_dataset.py: a local folder or s3://bucket/prefix."""
+    storage: str
+    """Where runs are kept: a local folder or s3://bucket/prefix."""
+    name: str = "restorer"
+    """Name of the run, a folder in --storage."""
+    preset: Literal["faces", "origin", "smoke"] = "faces"
+    """Network and training plan; see PRESETS in restore_core/config.py."""
+    schedule: str | None = None
+    """SIZE:EPOCHS,SIZE:EPOCHS,...: side of the training samples in pixels, and passes over the photographs."""
+    batch_size: int | None = None
+    """Samples per step, over all workers together."""
+    learning_rate: float | None = None
+    """Peak learning rate."""
+    seed: int | None = None
+    """Run seed."""
+    workers: str = "auto"
+    """Training processes: a number, or auto for every GPU of the cluster, else every CPU but one."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes GPUs where the cluster has some."""
+
+    def __post_init__(self) -> None:
+        require(self.name not in ("", ".", "..") and "/" not in self.name, "name", repr(self.name), "use a plain name")
+        command_line.worker_count(self.workers)
+
+    def config(self) -> TrainConfig:
+        config = PRESETS[self.preset]
+        if self.schedule is not None:
+            config = dataclasses.replace(config, phases=parse_schedule(self.schedule))
+        if self.learning_rate is not None:
+            optimizer = dataclasses.replace(config.optimizer, learning_rate=self.learning_rate)
+            config = dataclasses.replace(config, optimizer=optimizer)
+        if self.batch_size is not None:
+            config = dataclasses.replace(config, batch_size=self.batch_size)
+        if self.seed is not None:
+            config = dataclasses.replace(config, seed=self.seed)
+        return config
+
+
+def main(job: Train) -> int:
+    config = job.config()
+    from restore_core.storage import open_storage, overlaps, require_readable, require_writable
+
+    data = open_storage(job.data, option="--data")
+    require_readable(data, "--data")
+    storage = open_storage(job.storage, option="--storage")
+    if overlaps(data, storage):
+        raise UsageError(f"--storage {job.storage}: lies inside --data {data.uri}; choose another place")
+    require_writable(storage, "--storage")
+    from restore_core.pipelines import training
+
+    folder = storage.child(job.name)
+    photographs = training.prepare(config, data, folder)
+    print(f"{photographs} photographs, {config.epochs} epochs, run folder {folder.uri}", flush=True)
+    try:
+        model = training.train(
+            config,
+            data,
+            folder,
+            photographs,
+            name=job.name,
+            workers=command_line.worker_count(job.workers),
+            device=job.device,
+        )
+    except DivergedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return command_line.TOO_MANY_FAILURES
+    print(f"model: {model.uri}")
+    return command_line.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run(main, Train))

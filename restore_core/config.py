@@ -1,0 +1,226 @@
+"""What can be chosen: networks, damages, training. Standard library only, so that `--help` answers at once.
+
+Every choice is a keyword-only frozen dataclass; a bad value raises `UsageError` with the field's name in the message.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from restore_core.errors import UsageError
+
+
+def require(condition: bool, option: str, value: object, advice: str) -> None:
+    """Raise `UsageError` in the project's one form, `--option value: advice`, unless `condition` holds."""
+    if not condition:
+        raise UsageError(f"--{option.replace('_', '-')} {value}: {advice}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """The convolutional autoencoder of the project's origin (RED-Net, Mao 2016; U-Net, Ronneberger 2015)."""
+
+    kind: Literal["autoencoder"] = "autoencoder"
+    depth: int = 4
+    """Encoder blocks; each halves height and width."""
+    base_channels: int = 32
+    """Channels after the first encoder block; each further block doubles them."""
+    kernel_size: Literal[3, 5] = 3
+    """Side of the convolution kernels, pixels."""
+    skips: bool = True
+    """Concatenate each decoder stage with the matching encoder output (the last with the input image)."""
+    resample: Literal["strided", "pool"] = "strided"
+    """Halve and double by stride-2 (transposed) convolutions, or by MaxPool and nearest Upsample."""
+    dropout: float = 0.1
+    """Share of the encoder's values set to zero in training, 0 to below 1."""
+
+    def __post_init__(self) -> None:
+        require(self.depth >= 1, "model.depth", self.depth, "use 1 or more")
+        require(self.base_channels >= 1, "model.base_channels", self.base_channels, "use 1 or more")
+        require(self.kernel_size in (3, 5), "model.kernel_size", self.kernel_size, "use 3 or 5")
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "use a share from 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualUNetConfig:
+    """A residual encoder-decoder without normalisation and with additive skips (after DRUNet, Zhang 2021, section III-A).
+
+    Beyond DRUNet: it estimates which pixels survived, keeps those near the input and invents only the others.
+    """
+
+    kind: Literal["residual_unet"] = "residual_unet"
+    channels: tuple[int, ...] = (24, 48, 96, 160, 192)
+    """Channels at each scale, from full resolution down; each further scale halves height and width."""
+    blocks: int = 2
+    """Residual blocks (two 3x3 convolutions each) per scale, on the way down and again on the way up."""
+    gate: bool = True
+    """Predict for each pixel whether it survived: output = g (input + residual) + (1 - g) content."""
+
+    def __post_init__(self) -> None:
+        require(len(self.channels) >= 1, "model.channels", self.channels, "name at least one scale")
+        require(all(c >= 1 for c in self.channels), "model.channels", self.channels, "use 1 or more channels per scale")
+        require(self.blocks >= 1, "model.blocks", self.blocks, "use 1 or more")
+
+
+ModelConfig = AutoencoderConfig | ResidualUNetConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DamageConfig:
+    """How training damages are drawn: each of the four on its own, each with its own strength, in random order.
+
+    The share of undamaged samples follows: the product of (1 - share) over the four.
+    """
+
+    noise_share: float = 0.5
+    """Share of samples with Gaussian noise, 0 to 1."""
+    noise_sigma_max: float = 75.0
+    """Largest standard deviation, of 255."""
+    flips_share: float = 0.5
+    """Share of samples with flipped pixels, 0 to 1."""
+    flips_max: float = 0.5
+    """Largest probability that a pixel is replaced, 0 to 1."""
+    patches_share: float = 0.5
+    """Share of samples with patches, 0 to 1."""
+    patches_area_max: float = 0.25
+    """Largest share of the area under patches, 0 to 1."""
+    gray_share: float = 0.3
+    """Share of samples whose colour is lost, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            top = 255.0 if field.name == "noise_sigma_max" else 1.0
+            require(0 <= value <= top, f"damage.{field.name}", value, f"use a number from 0 to {top:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up, cosine decay to zero, gradient clipping and an exponential moving average."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (Loshchilov 2019)."""
+    warmup_steps: int = 200
+    """Optimizer steps of linear warm-up."""
+    clip_norm: float = 1.0
+    """Gradients of a larger norm are scaled down to it."""
+    ema_decay: float = 0.999
+    """Decay of the weights' moving average, which is what is evaluated and shipped; 0 is no averaging."""
+    gate_weight: float = 0.1
+    """Weight of the cross-entropy of the survival gate beside the L1 loss."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.learning_rate < math.inf, "optimizer.learning_rate", self.learning_rate, "use a number above 0"
+        )
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "use 0 or more")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "use 0 or more")
+        require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "use a number above 0")
+        require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "use a number from 0 to below 1")
+        require(self.gate_weight >= 0, "optimizer.gate_weight", self.gate_weight, "use 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Some epochs of training at one size, and at the smaller ones before it so that they are not forgotten."""
+
+    size: int
+    """Side of the square training samples, pixels."""
+    epochs: int
+    """Passes over the training photographs."""
+
+
+def parse_schedule(text: str) -> tuple[Phase, ...]:
+    """`"48:40,96:10"` -> 40 epochs at 48 pixels, then 10 at 96. Raises UsageError."""
+    phases = []
+    for part in text.split(","):
+        size, colon, epochs = part.partition(":")
+        valid = colon and size.strip().isdigit() and epochs.strip().isdigit() and int(size) >= 1 and int(epochs) >= 1
+        require(bool(valid), "schedule", text, "write SIZE:EPOCHS,SIZE:EPOCHS,..., such as 48:40,96:10")
+        phases.append(Phase(size=int(size), epochs=int(epochs)))
+    return tuple(phases)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides the weights, besides the data."""
+
+    model: ModelConfig = ResidualUNetConfig()
+    damage: DamageConfig = DamageConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    phases: tuple[Phase, ...] = (Phase(size=48, epochs=20),)
+    batch_size: int = 32
+    """Samples per optimizer step, over all workers together."""
+    canvas: int = 256
+    """Photographs are brought to at most this many pixels a side before random crops are taken from them."""
+    crop_min: float = 0.45
+    """Smallest side of a random crop, as a share of the photograph's shorter side."""
+    val_size: int = 64
+    """Side of the validation samples, pixels."""
+    val_images: int = 64
+    """Validation photographs damaged in each way after every epoch; at most the whole split."""
+    seed: int = 0
+    """Run seed: with the same data and number of workers it gives the same weights."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "canvas", "val_size", "val_images"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
+        require(0 < self.crop_min <= 1, "crop_min", self.crop_min, "use a share above 0, up to 1")
+
+    @property
+    def epochs(self) -> int:
+        return sum(phase.epochs for phase in self.phases)
+
+    def sizes(self, epoch: int) -> tuple[int, ...]:
+        """Sizes used in an epoch (counted from 0), the phase's own first, then the smaller ones of earlier phases."""
+        for index, phase in enumerate(self.phases):
+            if epoch < phase.epochs:
+                return phase.size, *sorted({p.size for p in self.phases[:index] if p.size < phase.size})
+            epoch -= phase.epochs
+        raise IndexError(f"epoch is past the last of {self.epochs}")
+
+
+def to_dict(config: object) -> dict[str, Any]:
+    """A config dataclass as plain JSON values (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[call-overload, no-any-return]
+
+
+def model_config(values: dict[str, Any]) -> ModelConfig:
+    """The inverse of `to_dict` for networks. Raises UsageError that names the unknown kind or field."""
+    kinds = {"autoencoder": AutoencoderConfig, "residual_unet": ResidualUNetConfig}
+    kind = values.get("kind")
+    if kind not in kinds:
+        raise UsageError(f"architecture kind {kind!r}: use one of {', '.join(kinds)}")
+    known = {field.name for field in dataclasses.fields(kinds[kind])}
+    if unknown := sorted(set(values) - known):
+        raise UsageError(f"architecture field {unknown[0]!r} is not known to {kind}; it has {', '.join(sorted(known))}")
+    arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    try:
+        return kinds[kind](**arguments)  # type: ignore[no-any-return]
+    except TypeError as error:
+        raise UsageError(f"architecture of kind {kind}: {error}") from error
+
+
+PRESETS: dict[str, TrainConfig] = {
+    # Proves that everything works: about a minute on 2 CPU cores, and restores nothing worth seeing.
+    "smoke": TrainConfig(
+        model=ResidualUNetConfig(channels=(8, 16), blocks=1),
+        optimizer=OptimizerConfig(warmup_steps=5, ema_decay=0.9),
+        phases=parse_schedule("32:2"),
+        batch_size=8,
+        val_size=32,
+        val_images=8,
+    ),
+    # The project's origin: the strided autoencoder with skips at 48 pixels, 20 epochs.
+    "origin": TrainConfig(model=AutoencoderConfig(), phases=parse_schedule("48:20")),
+    # The bundled model `faces`. On 2 CPU cores about 75 minutes with LFW; its config.json says what came of it.
+    "faces": TrainConfig(
+        model=ResidualUNetConfig(channels=(24, 48, 96, 192, 256), blocks=1),
+        phases=parse_schedule("48:34,96:4,128:2"),
+    ),
+}
+"""What `jobs/train.py --preset` takes; `--schedule`, `--batch-size`, `--learning-rate` and `--seed` change one part."""

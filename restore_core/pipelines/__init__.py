@@ -1,0 +1,1 @@
+"""The jobs' graphs: packing, training on Ray Train, restoring on Ray Data."""

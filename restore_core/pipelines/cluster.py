@@ -1,0 +1,62 @@
+"""Finding or starting Ray, and what it has to offer."""
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+import ray
+
+from restore_core.errors import UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The folder that holds `restore_core` and `jobs`."""
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def connect() -> None:
+    """Join the cluster that the job was submitted to or that RAY_ADDRESS names, else start a private Ray here."""
+    if ray.is_initialized():
+        return
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    if job or os.environ.get("RAY_ADDRESS"):
+        carried = (job.get("runtime_env") or {}).get("working_dir")  # set twice, Ray refuses
+        ray.init(
+            runtime_env=None if carried else {"working_dir": str(ROOT), "excludes": [".venv", ".git", "runs", "data"]}
+        )
+        return
+    # Unlike a bare ray.init(), never join some other program's Ray on this machine: it would take ours down with it.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    ray.init(
+        address="local",
+        num_cpus=max(2, len(os.sched_getaffinity(0))),  # with one CPU, a training worker would starve Ray Data
+        include_dashboard=False,
+        log_to_driver=True,
+        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), *_python_path()])}},
+    )
+
+
+def _python_path() -> list[str]:
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
+def resources() -> tuple[int, int]:
+    """CPUs and GPUs of the cluster as it is now."""
+    total = ray.cluster_resources()
+    return int(total.get("CPU", 0)), int(total.get("GPU", 0))
+
+
+def pick_device(device: Device) -> Literal["cpu", "cuda"]:
+    """`auto` is cuda when the cluster has a GPU. Raises UsageError for cuda without one: Ray would wait for ever."""
+    _, gpus = resources()
+    if device == "cuda" and gpus == 0:
+        raise UsageError("--device cuda: the cluster has 0 GPUs; add GPU nodes or use --device cpu")
+    if device == "auto":
+        return "cuda" if gpus else "cpu"
+    return device
+
+
+def cpus_per_node() -> int:
+    """CPUs of the smallest node that is alive."""
+    return min(int(node["Resources"].get("CPU", 1)) or 1 for node in ray.nodes() if node["Alive"])

@@ -1,0 +1,299 @@
+"""Ray Train around the trainer: data ingest, data-parallel workers, checkpoints, resume, and the finished model folder."""
+
+import csv
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+import ray.train
+import ray.train.torch
+import torch
+
+from restore_core import checkpoint, report, sources
+from restore_core.config import TrainConfig, to_dict
+from restore_core.degradations import seed_of
+from restore_core.errors import DivergedError, UsageError
+from restore_core.model import count_macs, count_parameters
+from restore_core.pipelines import cluster
+from restore_core.storage import Storage
+from restore_core.trainer import VALIDATION, Photographs, Trainer, central_crops
+
+OPTIONS_FILE = "options.json"
+METRICS_FILE = "metrics.csv"
+LOSS_PLOT = "loss.png"
+SAMPLE_SHEET = "samples.png"
+SAMPLES = 6
+SHUFFLE_BATCHES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRun:
+    """What every worker is told."""
+
+    config: TrainConfig
+    data: Storage
+    folder: Storage
+    workers: int
+    threads: int
+    photographs: int
+
+
+def prepare(config: TrainConfig, data: Storage, folder: Storage) -> int:
+    """Check data and run folder before Ray starts. Returns the number of training photographs. Raises UsageError."""
+    photographs = sources.count_split(data, "--data", sources.TRAIN)
+    if photographs < config.batch_size:
+        raise UsageError(
+            f"--data {data.uri}: {photographs} photographs in split 'train' do not fill --batch-size {config.batch_size}; "
+            "pack more photographs or lower it"
+        )
+    if not sources.count_split(data, "--data", sources.VALIDATION):
+        raise UsageError(f"--data {data.uri}: no photographs in split 'val'; pack again with a larger --val-share")
+    options = {"config": to_dict(config), "data": data.uri}
+    if folder.exists(OPTIONS_FILE):
+        older = json.loads(folder.read(OPTIONS_FILE))
+        for name in ("config", "data"):
+            if older.get(name) != options[name]:
+                raise UsageError(
+                    f"--name {folder.uri.rsplit('/', 1)[-1]}: a run of that name exists with other options "
+                    f"({_first_difference(older.get(name), options[name], name)}); choose another --name"
+                )
+    else:
+        folder.write(OPTIONS_FILE, json.dumps(options, indent=2).encode())
+    return photographs
+
+
+def train(
+    config: TrainConfig,
+    data: Storage,
+    folder: Storage,
+    photographs: int,
+    *,
+    name: str,
+    workers: int | None,
+    device: cluster.Device,
+) -> Storage:
+    """Train to the end of the schedule, or go on where a run of the same folder stopped. Returns the model folder.
+
+    Raises DivergedError when the loss stops being finite, UsageError when the cluster is too small.
+    """
+    cluster.connect()
+    cuda = cluster.pick_device(device) == "cuda"
+    cpus, gpus = cluster.resources()
+    most = gpus if cuda else max(1, cpus - 1)  # Ray Data needs a CPU for itself, or all wait for ever
+    count = workers or most
+    if count > most:
+        have = f"{gpus} GPUs" if cuda else f"{cpus} CPUs, of which Ray Data needs one"
+        raise UsageError(f"--workers {count}: the cluster has {have}; use --workers {most} or add nodes")
+    if config.batch_size % count:
+        raise UsageError(f"--batch-size {config.batch_size}: not a multiple of the {count} workers; choose a multiple")
+    threads = max(1, cluster.cpus_per_node() // min(count, cluster.cpus_per_node()))
+    run = TrainRun(config=config, data=data, folder=folder, workers=count, threads=threads, photographs=photographs)
+    filesystem, path = folder.filesystem()
+    result = ray.train.torch.TorchTrainer(
+        _worker,
+        train_loop_config={"run": run},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=count, use_gpu=cuda, resources_per_worker={"CPU": 1} | ({"GPU": 1} if cuda else {})
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=path.rsplit("/", 1)[0],
+            storage_filesystem=filesystem,
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            failure_config=ray.train.FailureConfig(max_failures=3),
+        ),
+        datasets={"train": _dataset(run)},
+        dataset_config=ray.train.DataConfig(execution_options=_in_order()),
+    ).fit()
+    if result.metrics and result.metrics.get("diverged"):
+        raise DivergedError(result.metrics["diverged"])
+    if result.error:
+        raise result.error
+    with result.checkpoint.as_directory() as state:
+        return _finish(run, Path(state), cuda)
+
+
+# --- In the workers ------------------------------------------------------------------------------------------------
+
+
+def _worker(loop_config: dict[str, Any]) -> None:
+    run: TrainRun = loop_config["run"]
+    config = run.config
+    torch.set_num_threads(run.threads)
+    torch.backends.cudnn.benchmark = True
+    share = config.batch_size // run.workers
+    trainer = Trainer(
+        config,
+        steps_per_epoch=run.photographs // config.batch_size,
+        device=ray.train.torch.get_device(),
+        distribute=ray.train.torch.prepare_model,
+    )
+    if resumed := ray.train.get_checkpoint():
+        with resumed.as_directory() as folder:
+            trainer.load_state(Path(folder))
+    first = ray.train.get_context().get_world_rank() == 0
+    held_out = _held_out(run) if first else None
+    shard = ray.train.get_dataset_shard("train")
+    while trainer.epoch < config.epochs:
+        started = time.perf_counter()
+        try:
+            row = trainer.train_epoch(_batches(shard, share, seed_of(config.seed, "order", trainer.epoch)))
+        except DivergedError as error:
+            # Returned, not raised: Ray Train would start the same failure again and again.
+            ray.train.report({"diverged": str(error)})
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            state = None
+            if held_out is not None:
+                row |= trainer.evaluate(held_out)
+                row["seconds"] = time.perf_counter() - started
+                trainer.history.append(row)
+                trainer.save_state(Path(folder))
+                state = ray.train.Checkpoint.from_directory(folder)
+                run.folder.write(METRICS_FILE, _metrics_csv(trainer.history))
+                print(_progress(row, config, trainer.history), flush=True)
+            ray.train.report(row, checkpoint=state, checkpoint_dir_name=f"epoch_{trainer.epoch:04d}")
+
+
+def _batches(shard: Any, size: int, seed: int) -> Iterator[Photographs]:
+    for batch in shard.iter_batches(
+        batch_size=size,
+        batch_format="numpy",
+        drop_last=True,
+        prefetch_batches=2,
+        local_shuffle_buffer_size=SHUFFLE_BATCHES * size,
+        local_shuffle_seed=seed & 2**31 - 1,
+    ):
+        yield Photographs(list(batch["key"]), batch["pixels"], batch["height"], batch["width"])
+
+
+def _held_out(run: TrainRun) -> Photographs:
+    columns: Any = sources.read_split(run.data, "--data", sources.VALIDATION, run.config.canvas, run.config.val_images)
+    return Photographs(list(columns["key"]), columns["pixels"], columns["height"], columns["width"])
+
+
+def _progress(row: dict[str, float], config: TrainConfig, history: list[dict[str, float]]) -> str:
+    left = (config.epochs - row["epoch"]) * sum(r["seconds"] for r in history[-3:]) / len(history[-3:])
+    return (
+        f"epoch {row['epoch']}/{config.epochs} at {row['size']} px: loss {row['train_loss']:.4f}, "
+        f"validation {row['val_loss']:.4f}, noise 25 {row['psnr_noise_25']:.2f} dB, mixed {row['psnr_mixed']:.2f} dB, "
+        f"{row['samples_per_second']:.0f} samples/s, about {left / 60:.0f} min left"
+    )
+
+
+# --- In the driver -------------------------------------------------------------------------------------------------
+
+
+def _dataset(run: TrainRun) -> ray.data.Dataset:
+    filesystem, root = run.data.filesystem()
+    files = [f"{root}/{key}" for key in sources.parquet_files(run.data, "--data")]
+    canvas = run.config.canvas
+
+    def decode(table: pa.Table) -> Any:
+        return sources.decode_rows(table, sources.TRAIN, canvas)
+
+    with filesystem.open_input_file(files[0]) as handle:
+        columns = sources.dataset_columns(pa.parquet.read_schema(handle))
+    return ray.data.read_parquet(files, filesystem=filesystem, columns=columns).map_batches(
+        decode, batch_format="pyarrow", batch_size=64
+    )
+
+
+def _in_order() -> ray.data.ExecutionOptions:
+    """Blocks in the order of the files, so that the same seed sees the same samples in the same order."""
+    options = ray.data.ExecutionOptions()
+    options.preserve_order = True
+    return options
+
+
+def _finish(run: TrainRun, state: Path, cuda: bool) -> Storage:
+    """From the last checkpoint: model folder with its card, metrics, loss plot, sample sheet."""
+    config, output = run.config, run.folder
+    trainer = Trainer(config, steps_per_epoch=1)
+    trainer.load_state(state)
+    history = trainer.history
+    last = history[-1]
+    card = {
+        "trained": {
+            "command": " ".join(["python", *sys.argv]),
+            "commit": _commit(),
+            "hardware": _hardware(cuda),
+            "workers": run.workers,
+            "minutes": round(sum(row["seconds"] for row in history) / 60, 1),
+            "photographs": run.photographs,
+            "samples": trainer.steps * config.batch_size,
+            "config": to_dict(config),
+        },
+        "parameters": count_parameters(trainer.average),
+        "macs_at_48_px": count_macs(config.model, 48, 48),
+        "validation": {
+            "size": config.val_size,
+            "psnr_db": {name: round(last[f"psnr_{name}"], 2) for name in VALIDATION},
+            "identity_psnr_db": {name: round(last[f"identity_{name}"], 2) for name in VALIDATION},
+        },
+    }
+    model = output.child("model")
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(trainer.average, config.model, card, Path(folder))
+        for file in sorted(Path(folder).iterdir()):
+            model.write(file.name, file.read_bytes())
+    output.write(METRICS_FILE, _metrics_csv(history))
+    output.write(LOSS_PLOT, report.loss_plot(history))
+    held_out = _held_out(run)
+    spread = slice(0, len(held_out), max(1, len(held_out) // SAMPLES))
+    chosen = held_out[spread]
+    clean = central_crops(chosen, max(config.val_size, config.phases[-1].size))
+    columns = []
+    for name in VALIDATION:
+        damaged, _ = trainer.validation_damage(name, clean, chosen.keys)
+        columns.append((name, damaged, trainer.restore(damaged)))
+    output.write(SAMPLE_SHEET, report.sample_sheet(clean, columns))
+    return model
+
+
+def _metrics_csv(history: list[dict[str, float]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(history[0]))
+    writer.writeheader()
+    writer.writerows(history)
+    return text.getvalue().encode()
+
+
+def _commit() -> str:
+    if commit := os.environ.get("RESTORE_COMMIT"):
+        return commit
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],  # noqa: S607
+            cwd=cluster.ROOT, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (not run from a git checkout)"
+    return done.stdout.strip()
+
+
+def _hardware(cuda: bool) -> str:
+    prefix = "accelerator_type:"
+    cards = [name.removeprefix(prefix) for name in ray.cluster_resources() if name.startswith(prefix)]
+    cpus, gpus = cluster.resources()
+    return f"{gpus} x {' / '.join(cards)}" if cuda else f"{cpus} CPU cores ({platform.machine()})"
+
+
+def _first_difference(older: object, newer: object, name: str) -> str:
+    if isinstance(older, dict) and isinstance(newer, dict):
+        for key in older.keys() | newer.keys():
+            if older.get(key) != newer.get(key):
+                return _first_difference(older.get(key), newer.get(key), key)
+    return f"{name} was {older}, is now {newer}"

@@ -1,0 +1,261 @@
+"""Where photographs come from: folders, tar archives, S3 prefixes and Parquet, as bytes with a key.
+
+Packing reads whole archives and trees (`photographs`); training and restoring read Parquet of ours or of other makers.
+"""
+
+import hashlib
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from restore_core import codec
+from restore_core.errors import ItemError, UsageError
+from restore_core.storage import Storage
+
+TRAIN, VALIDATION, TEST = "train", "val", "test"
+
+DATASET_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("group", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+    ]
+)
+"""A dataset for training: the encoded files untouched, one row each."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One file met while packing: its bytes, or why they could not be read."""
+
+    key: str
+    data: bytes | ItemError
+
+
+# --- Photographs for a dataset -------------------------------------------------------------------------------------
+
+
+def photographs(storage: Storage, threads: int = 16) -> Iterator[Found]:
+    """Every file under a folder or S3 prefix, the members of tar archives in place of the archives, in listing order."""
+    objects = storage.list()
+    with ThreadPoolExecutor(threads) as pool:
+        while window := [item.key for item in islice(objects, 4 * threads)]:
+            files = [key for key in window if not _is_tar(key)]
+            contents = dict(zip(files, pool.map(lambda key: _try_read(storage, key), files), strict=True))
+            for key in window:
+                if key in contents:
+                    yield Found(key, contents[key])
+                else:
+                    yield from _tar_members(storage, key)
+
+
+def group_of(key: str) -> str:
+    """The person of a photograph: the folder it lies in; a file at the top is a group of its own."""
+    path = PurePosixPath(key)
+    return path.parent.name or path.stem
+
+
+def split_of(group: str, val_share: float, test_share: float) -> str:
+    """A split by a stable hash of the person, so that no person is in two of them, in any packing ever."""
+    place = int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest(), "big") / 2**64
+    if place < test_share:
+        return TEST
+    return VALIDATION if place < test_share + val_share else TRAIN
+
+
+def dataset_row(key: str, split: str, data: bytes) -> dict[str, object]:
+    """A row of `DATASET_SCHEMA`. The file is decoded once to be sure that it can be. Raises ItemError."""
+    picture = codec.decode(data)
+    return {
+        "key": key,
+        "group": group_of(key),
+        "split": split,
+        "image": data,
+        "width": picture.width,
+        "height": picture.height,
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+
+
+def _is_tar(key: str) -> bool:
+    return key.endswith((".tar", ".tar.gz", ".tgz"))
+
+
+def _try_read(storage: Storage, key: str) -> bytes | ItemError:
+    try:
+        return storage.read(key)
+    except ItemError as error:
+        return error
+
+
+def _tar_members(storage: Storage, key: str) -> Iterator[Found]:
+    filesystem, root = storage.filesystem()
+    path = f"{root}/{key}"
+    try:
+        # mode r| reads front to back, so an archive on S3 is streamed, never held whole
+        with (
+            filesystem.open_input_stream(path, compression=None) as stream,
+            tarfile.open(fileobj=stream, mode="r|*") as tar,
+        ):
+            for member in tar:
+                if member.isfile():
+                    content = tar.extractfile(member)
+                    assert content is not None
+                    yield Found(member.name, content.read())
+    except (tarfile.TarError, EOFError, OSError) as error:
+        yield Found(key, ItemError("truncated", f"the archive cannot be read to its end: {error}"))
+
+
+# --- Parquet -------------------------------------------------------------------------------------------------------
+
+
+def parquet_files(storage: Storage, option: str) -> list[str]:
+    """Keys of the Parquet files in a folder or prefix, sorted. Raises UsageError when there are none."""
+    keys = sorted(item.key for item in storage.list() if item.key.endswith(".parquet") and not is_internal(item.key))
+    if not keys:
+        raise UsageError(f"{option} {storage.uri}: no .parquet files there; make some with jobs/pack_dataset.py")
+    return keys
+
+
+def is_internal(key: str) -> bool:
+    """Files that our own jobs keep beside their output (ledger, options), in folders that begin with an underscore."""
+    return any(part.startswith("_") for part in PurePosixPath(key).parts[:-1])
+
+
+def image_column(schema: pa.Schema) -> str:
+    """The column of encoded files: `image`, else the only binary or Hugging Face {bytes, path} one. Raises UsageError."""
+
+    def holds_bytes(kind: pa.DataType) -> bool:
+        if pa.types.is_struct(kind):
+            return kind.get_field_index("bytes") >= 0
+        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+    candidates = [field.name for field in schema if holds_bytes(field.type)]
+    if "image" in candidates:
+        return "image"
+    if len(candidates) == 1:
+        return str(candidates[0])
+    raise UsageError(
+        f"the Parquet columns are {', '.join(schema.names)}: name the one of encoded images 'image' "
+        f"(type binary, or a struct with a field 'bytes')"
+    )
+
+
+def image_bytes(column: pa.ChunkedArray) -> list[bytes | None]:
+    """The encoded files of an image column, None where a cell is null."""
+    if pa.types.is_struct(column.type):
+        return [None if cell is None else cell["bytes"] for cell in column.to_pylist()]
+    return column.to_pylist()  # type: ignore[no-any-return]
+
+
+def splits(table: pa.Table) -> list[str]:
+    """The split of every row: its column `split`, else by a hash of the image (90 % train, 10 % val)."""
+    if "split" in table.column_names:
+        return table["split"].to_pylist()  # type: ignore[no-any-return]
+    return [split_of(key, val_share=0.1, test_share=0.0) for key in keys_of(table)]
+
+
+def keys_of(table: pa.Table) -> list[str]:
+    """The key of every row: its column `key`, else the hash of its image."""
+    if "key" in table.column_names:
+        return table["key"].to_pylist()  # type: ignore[no-any-return]
+    column = image_bytes(table[image_column(table.schema)])
+    return [hashlib.sha256(data or b"").hexdigest() for data in column]
+
+
+def dataset_columns(schema: pa.Schema) -> list[str]:
+    """The columns that training needs of a Parquet file."""
+    return [name for name in ("key", "split") if name in schema.names] + [image_column(schema)]
+
+
+def decode_rows(table: pa.Table, split: str, canvas: int) -> dict[str, npt.NDArray[np.generic]]:
+    """Photographs of one split as columns `key`, `pixels` (uint8 [N, canvas, canvas, 3]), `height`, `width` (int32 [N]).
+
+    Larger ones are shrunk until their shorter side is the canvas, and cropped to its centre. Rows that do not decode
+    are left out: packing has listed them.
+    """
+    keys, pixels, sizes = [], [], []
+    columns = zip(keys_of(table), splits(table), image_bytes(table[image_column(table.schema)]), strict=True)
+    for key, its_split, data in columns:
+        if its_split != split or data is None:
+            continue
+        try:
+            image = _fit(codec.decode(data).pixels, canvas)
+        except ItemError:
+            continue
+        height, width = image.shape[:2]
+        pixels.append(np.pad(image, ((0, canvas - height), (0, canvas - width), (0, 0))))
+        keys.append(key)
+        sizes.append((height, width))
+    return {
+        "key": np.array(keys, dtype=object),
+        "pixels": np.stack(pixels) if pixels else np.zeros((0, canvas, canvas, 3), np.uint8),
+        "height": np.array([height for height, _ in sizes], dtype=np.int32),
+        "width": np.array([width for _, width in sizes], dtype=np.int32),
+    }
+
+
+def read_split(
+    storage: Storage, option: str, split: str, canvas: int, limit: int
+) -> dict[str, npt.NDArray[np.generic]]:
+    """The first `limit` photographs of a split, decoded as `decode_rows` does, in this process."""
+    filesystem, root = storage.filesystem()
+    parts: list[dict[str, npt.NDArray[np.generic]]] = []
+    for key in parquet_files(storage, option):
+        with filesystem.open_input_file(f"{root}/{key}") as handle:
+            file = pq.ParquetFile(handle)
+            for batch in file.iter_batches(batch_size=64, columns=dataset_columns(file.schema_arrow)):
+                parts.append(decode_rows(pa.table(batch), split, canvas))
+                if sum(len(part["key"]) for part in parts) >= limit:
+                    break
+        if sum(len(part["key"]) for part in parts) >= limit:
+            break
+    return {name: np.concatenate([part[name] for part in parts])[:limit] for name in parts[0]} if parts else {}
+
+
+def count_split(storage: Storage, option: str, split: str) -> int:
+    """Rows of a split over all Parquet files; image bytes are read only where there is no column `split`."""
+    filesystem, root = storage.filesystem()
+    total = 0
+    for key in parquet_files(storage, option):
+        with filesystem.open_input_file(f"{root}/{key}") as handle:
+            file = pq.ParquetFile(handle)
+            columns = ["split"] if "split" in file.schema_arrow.names else dataset_columns(file.schema_arrow)
+            total += sum(splits(pa.table(batch)).count(split) for batch in file.iter_batches(columns=columns))
+    return total
+
+
+def _fit(pixels: npt.NDArray[np.uint8], canvas: int) -> npt.NDArray[np.uint8]:
+    height, width = pixels.shape[:2]
+    if max(height, width) <= canvas:
+        return pixels
+    scale = min(1.0, canvas / min(height, width))
+    if scale < 1:
+        size = max(canvas, round(width * scale)), max(canvas, round(height * scale))
+        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
+        height, width = pixels.shape[:2]
+    top, left = max(0, (height - canvas) // 2), max(0, (width - canvas) // 2)
+    return pixels[top : top + canvas, left : left + canvas]
+
+
+def read_list(path: Path, option: str) -> set[str]:
+    """People named in a list such as LFW's `peopleDevTrain.txt`: one a line, a tab and a count may follow; a first line
+    that is only a number is skipped. Raises UsageError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{option} {path}: cannot be read as text ({error})") from error
+    return {line.split("\t")[0].strip() for line in lines if line.strip() and not line.strip().isdigit()}

@@ -1,0 +1,55 @@
+"""Fixtures shared by all tests."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+AWS_SETTINGS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test-secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+@pytest.fixture(scope="session")
+def moto_client() -> "Iterator[S3Client]":
+    """A client of a real S3 server on loopback that lives as long as the test session."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    from restore_core import storage
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    storage._client.cache_clear()
+    yield boto3.session.Session("test", "test-secret", region_name="us-east-1").client(
+        "s3", endpoint_url=f"http://{host}:{port}"
+    )
+    storage._client.cache_clear()
+    server.stop()
+
+
+@pytest.fixture
+def s3(moto_client: "S3Client", monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An S3 endpoint with one empty bucket, "photos"; the AWS_* variables point there. Yields the endpoint's URL.
+
+    Sub-processes (Ray's workers, the jobs) inherit the variables. Tests that change them clear `storage._client`.
+    """
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_CONFIG_FILE", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in AWS_SETTINGS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", moto_client.meta.endpoint_url)
+    moto_client.create_bucket(Bucket="photos")
+    yield moto_client.meta.endpoint_url
+    for bucket in moto_client.list_buckets()["Buckets"]:
+        for page in moto_client.get_paginator("list_objects_v2").paginate(Bucket=bucket["Name"]):
+            for found in page.get("Contents", []):
+                moto_client.delete_object(Bucket=bucket["Name"], Key=found["Key"])
+        moto_client.delete_bucket(Bucket=bucket["Name"])

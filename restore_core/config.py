@@ -45,7 +45,7 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualUNetConfig:
-    """A residual encoder-decoder without normalisation and with additive skips (after DRUNet, Zhang 2021, section III-A).
+    """A residual encoder-decoder without normalisation, with additive skips (after DRUNet, Zhang 2021, section III-A).
 
     Beyond DRUNet: it estimates which pixels survived, keeps those near the input and invents only the others.
     """

@@ -179,7 +179,10 @@ def draw_damage(config: DamageConfig, generator: Generator) -> Damage:
 
 
 def degrade(images: Tensor, damage: Damage, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Apply a mixture. Returns the damaged images and the mask of destroyed (flipped or painted) pixels, bool [B, 1, H, W]."""
+    """Apply a mixture.
+
+    Returns the damaged images and the mask of destroyed (flipped or painted) pixels, bool [B, 1, H, W].
+    """
     noise = generator.normal(*images.shape[1:]) * _column(damage.sigma_255)
     flip_colours, flipped = _draw_flips(images, damage.flips, generator)
     patch_colours, painted = _draw_patches(images, damage.area, damage.count, damage.coloured, generator)

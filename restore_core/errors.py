@@ -20,7 +20,7 @@ ErrorClass = Literal[
 
 
 class UsageError(ValueError):
-    """An option or input that cannot work. The message is one line: the option, its value, and what to do. Exit code 2."""
+    """An option or input that cannot work. One line: the option, its value, and what to do. Exit code 2."""
 
 
 class ItemError(Exception):
@@ -43,7 +43,7 @@ class ItemError(Exception):
 
 
 class StorageError(OSError):
-    """The storage as a whole (not one object) cannot be used: no such bucket or folder, no credentials, no permission."""
+    """The storage as a whole (not one object) cannot be used: no such bucket, no credentials, no permission."""
 
 
 class DivergedError(ArithmeticError):

@@ -28,7 +28,7 @@ def psnr(restored: Pixels, truth: Pixels) -> float:
 
 
 def ssim(restored: Pixels, truth: Pixels) -> float:
-    """SSIM (Wang 2004) of one uint8 image [H, W, 3]: Gaussian window of sigma 1.5, population covariance, interior only.
+    """SSIM (Wang 2004) of one uint8 image [H, W, 3]: Gaussian window, sigma 1.5, population covariance, interior only.
 
     Raises ValueError from scikit-image where a side is under 11 pixels.
     """

@@ -3,6 +3,7 @@
 Shapes: B batch, C channels, H height, W width. Images are float RGB in 0..1 (the output may leave the range slightly).
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,10 @@ class Prediction(NamedTuple):
 
 
 class EncoderBlock(nn.Sequential):
-    """Convolution, stride-2 convolution (or convolution and MaxPool), dropout, batch norm. [B, C, H, W] -> [B, C', H/2, W/2]"""
+    """Convolution, stride-2 convolution (or convolution and MaxPool), dropout, batch norm.
+
+    [B, C, H, W] -> [B, C', H/2, W/2]
+    """
 
     def __init__(self, channels_in: int, channels: int, config: AutoencoderConfig) -> None:
         k = config.kernel_size
@@ -120,7 +124,7 @@ class ResidualUNet(nn.Module):
     def __init__(self, config: ResidualUNetConfig) -> None:
         super().__init__()
         channels = config.channels
-        pairs = list(zip(channels, channels[1:], strict=False))
+        pairs = list(pairwise(channels))
         self.multiple = 2 ** (len(channels) - 1)
         self.gate = config.gate
         self.head = nn.Conv2d(3, channels[0], 3, padding=1)

@@ -1,6 +1,7 @@
 """What a person looks at: the loss plot, the sample sheet, and one self-contained page about a restored bucket."""
 
 import io
+from itertools import pairwise
 from typing import Any
 
 from PIL import Image, ImageDraw
@@ -23,7 +24,7 @@ def loss_plot(history: list[dict[str, float]]) -> bytes:
     for axes in (losses, quality):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    for before, after in zip(history, history[1:], strict=False):
+    for before, after in pairwise(history):
         if before["size"] != after["size"]:
             losses.axvline(after["epoch"] - 0.5, color="gray", linestyle=":")
     sink = io.BytesIO()

@@ -49,7 +49,7 @@ class Found:
 
 
 def photographs(storage: Storage, threads: int = 16) -> Iterator[Found]:
-    """Every file under a folder or S3 prefix, the members of tar archives in place of the archives, in listing order."""
+    """Every file under a folder or S3 prefix, tar archives replaced by their members, in listing order."""
     objects = storage.list()
     with ThreadPoolExecutor(threads) as pool:
         while window := [item.key for item in islice(objects, 4 * threads)]:
@@ -136,7 +136,7 @@ def is_internal(key: str) -> bool:
 
 
 def image_column(schema: pa.Schema) -> str:
-    """The column of encoded files: `image`, else the only binary or Hugging Face {bytes, path} one. Raises UsageError."""
+    """The column of encoded files: `image`, else the only binary or {bytes, path} one. Raises UsageError."""
 
     def holds_bytes(kind: pa.DataType) -> bool:
         if pa.types.is_struct(kind):
@@ -182,7 +182,7 @@ def dataset_columns(schema: pa.Schema) -> list[str]:
 
 
 def decode_rows(table: pa.Table, split: str, canvas: int) -> dict[str, npt.NDArray[np.generic]]:
-    """Photographs of one split as columns `key`, `pixels` (uint8 [N, canvas, canvas, 3]), `height`, `width` (int32 [N]).
+    """Photographs of one split: `key`, `pixels` (uint8 [N, canvas, canvas, 3]), `height`, `width` (int32 [N]).
 
     Larger ones are shrunk until their shorter side is the canvas, and cropped to its centre. Rows that do not decode
     are left out: packing has listed them.

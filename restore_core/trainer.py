@@ -84,7 +84,8 @@ class Trainer:
         self.config = config
         self.device = torch.device(device)
         # channels_last is what the convolutions run on, on CPUs too (1.1 to 1.3 times faster steps than contiguous)
-        self.model: nn.Module = build(config.model).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model: nn.Module = build(config.model).to(self.device)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay
@@ -132,7 +133,7 @@ class Trainer:
         return smaller[draw // 2 % len(smaller)] if smaller and draw % 2 else own
 
     def step(self, batch: Photographs, size: int) -> Tensor:
-        """One optimizer step on random crops, resized to size x size, with random damages. Returns the loss, detached."""
+        """One optimizer step on random crops of side `size` with random damages. Returns the loss, detached."""
         config = self.config.optimizer
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * self._schedule()

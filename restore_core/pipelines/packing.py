@@ -1,4 +1,4 @@
-"""Photographs of any layout -> the dataset Parquet that training reads. One process: reading is the bound, not the CPU."""
+"""Photographs of any layout -> the dataset Parquet that training reads."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Ray Train around the trainer: data ingest, data-parallel workers, checkpoints, resume, and the finished model folder."""
+"""Ray Train around the trainer: data ingest, workers, checkpoints, resume, and the finished model folder."""
 
 import csv
 import io
@@ -55,8 +55,8 @@ def prepare(config: TrainConfig, data: Storage, folder: Storage) -> int:
     photographs = sources.count_split(data, "--data", sources.TRAIN)
     if photographs < config.batch_size:
         raise UsageError(
-            f"--data {data.uri}: {photographs} photographs in split 'train' do not fill --batch-size {config.batch_size}; "
-            "pack more photographs or lower it"
+            f"--data {data.uri}: {photographs} photographs in split 'train' do not fill "
+            f"--batch-size {config.batch_size}; pack more photographs or lower it"
         )
     if not sources.count_split(data, "--data", sources.VALIDATION):
         raise UsageError(f"--data {data.uri}: no photographs in split 'val'; pack again with a larger --val-share")

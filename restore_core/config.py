@@ -220,7 +220,7 @@ PRESETS: dict[str, TrainConfig] = {
     # The bundled model `faces`. On 2 CPU cores about 75 minutes with LFW; its config.json says what came of it.
     "faces": TrainConfig(
         model=ResidualUNetConfig(channels=(24, 48, 96, 192, 256), blocks=1),
-        phases=parse_schedule("48:34,96:4,128:2"),
+        phases=parse_schedule("48:24,96:4,128:2"),
     ),
 }
 """What `jobs/train.py --preset` takes; `--schedule`, `--batch-size`, `--learning-rate` and `--seed` change one part."""

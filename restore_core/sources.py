@@ -140,8 +140,8 @@ def image_column(schema: pa.Schema) -> str:
 
     def holds_bytes(kind: pa.DataType) -> bool:
         if pa.types.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0
-        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+            return bool(kind.get_field_index("bytes") >= 0)
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)  # type: ignore[no-any-return]
 
     candidates = [field.name for field in schema if holds_bytes(field.type)]
     if "image" in candidates:
@@ -181,13 +181,24 @@ def dataset_columns(schema: pa.Schema) -> list[str]:
     return [name for name in ("key", "split") if name in schema.names] + [image_column(schema)]
 
 
-def decode_rows(table: pa.Table, split: str, canvas: int) -> dict[str, npt.NDArray[np.generic]]:
-    """Photographs of one split: `key`, `pixels` (uint8 [N, canvas, canvas, 3]), `height`, `width` (int32 [N]).
+DECODED_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string()),
+        pa.field("pixels", pa.binary()),  # uint8 RGB, height x width x 3, row by row
+        pa.field("height", pa.int32()),
+        pa.field("width", pa.int32()),
+    ]
+)
+"""Decoded photographs on their way to training. Flat bytes, since tensors of unlike shapes are slow in Arrow."""
+
+
+def decode_rows(table: pa.Table, split: str, canvas: int) -> pa.Table:
+    """The photographs of one split as `DECODED_SCHEMA`, sides at most `canvas` pixels.
 
     Larger ones are shrunk until their shorter side is the canvas, and cropped to its centre. Rows that do not decode
     are left out: packing has listed them.
     """
-    keys, pixels, sizes = [], [], []
+    rows = []
     columns = zip(keys_of(table), splits(table), image_bytes(table[image_column(table.schema)]), strict=True)
     for key, its_split, data in columns:
         if its_split != split or data is None:
@@ -196,34 +207,22 @@ def decode_rows(table: pa.Table, split: str, canvas: int) -> dict[str, npt.NDArr
             image = _fit(codec.decode(data).pixels, canvas)
         except ItemError:
             continue
-        height, width = image.shape[:2]
-        pixels.append(np.pad(image, ((0, canvas - height), (0, canvas - width), (0, 0))))
-        keys.append(key)
-        sizes.append((height, width))
-    return {
-        "key": np.array(keys, dtype=object),
-        "pixels": np.stack(pixels) if pixels else np.zeros((0, canvas, canvas, 3), np.uint8),
-        "height": np.array([height for height, _ in sizes], dtype=np.int32),
-        "width": np.array([width for _, width in sizes], dtype=np.int32),
-    }
+        rows.append({"key": key, "pixels": image.tobytes(), "height": image.shape[0], "width": image.shape[1]})
+    return pa.Table.from_pylist(rows, schema=DECODED_SCHEMA)
 
 
-def read_split(
-    storage: Storage, option: str, split: str, canvas: int, limit: int
-) -> dict[str, npt.NDArray[np.generic]]:
+def read_split(storage: Storage, option: str, split: str, canvas: int, limit: int) -> pa.Table:
     """The first `limit` photographs of a split, decoded as `decode_rows` does, in this process."""
     filesystem, root = storage.filesystem()
-    parts: list[dict[str, npt.NDArray[np.generic]]] = []
+    parts = [DECODED_SCHEMA.empty_table()]
     for key in parquet_files(storage, option):
         with filesystem.open_input_file(f"{root}/{key}") as handle:
             file = pq.ParquetFile(handle)
             for batch in file.iter_batches(batch_size=64, columns=dataset_columns(file.schema_arrow)):
                 parts.append(decode_rows(pa.table(batch), split, canvas))
-                if sum(len(part["key"]) for part in parts) >= limit:
-                    break
-        if sum(len(part["key"]) for part in parts) >= limit:
-            break
-    return {name: np.concatenate([part[name] for part in parts])[:limit] for name in parts[0]} if parts else {}
+                if sum(map(len, parts)) >= limit:
+                    return pa.concat_tables(parts)[:limit]
+    return pa.concat_tables(parts)
 
 
 def count_split(storage: Storage, option: str, split: str) -> int:

@@ -56,6 +56,14 @@ class Photographs:
     width: npt.NDArray[np.int32]
     """int32 [B]"""
 
+    @staticmethod
+    def of(keys: list[str], pixels: list[bytes], heights: list[int], widths: list[int], canvas: int) -> "Photographs":
+        """From flat uint8 RGB bytes, each height x width x 3."""
+        canvases = np.zeros((len(keys), canvas, canvas, 3), np.uint8)
+        for index, (data, height, width) in enumerate(zip(pixels, heights, widths, strict=True)):
+            canvases[index, :height, :width] = np.frombuffer(data, np.uint8).reshape(height, width, 3)
+        return Photographs(keys, canvases, np.array(heights, np.int32), np.array(widths, np.int32))
+
     def __len__(self) -> int:
         return len(self.keys)
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 Device = Literal["auto", "cpu", "cuda"]
 
 
-def connect() -> None:
+def connect(*, dashboard: bool = False) -> None:
     """Join the cluster that the job was submitted to or that RAY_ADDRESS names, else start a private Ray here."""
     if ray.is_initialized():
         return
@@ -27,11 +27,11 @@ def connect() -> None:
         )
         return
     # Unlike a bare ray.init(), never join some other program's Ray on this machine: it would take ours down with it.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # Ray 2.60 turns token authentication on by itself for a cluster started here (not so with `ray start`).
     ray.init(
         address="local",
         num_cpus=max(2, len(os.sched_getaffinity(0))),  # with one CPU, a training worker would starve Ray Data
-        include_dashboard=False,
+        include_dashboard=dashboard,  # on loopback
         log_to_driver=True,
         runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), *_python_path()])}},
     )

@@ -88,7 +88,7 @@ def train(
 
     Raises DivergedError when the loss stops being finite, UsageError when the cluster is too small.
     """
-    cluster.connect()
+    cluster.connect(dashboard=True)  # Ray Train's own clean-up asks it which workers live
     cuda = cluster.pick_device(device) == "cuda"
     cpus, gpus = cluster.resources()
     most = gpus if cuda else max(1, cpus - 1)  # Ray Data needs a CPU for itself, or all wait for ever
@@ -149,7 +149,9 @@ def _worker(loop_config: dict[str, Any]) -> None:
     while trainer.epoch < config.epochs:
         started = time.perf_counter()
         try:
-            row = trainer.train_epoch(_batches(shard, share, seed_of(config.seed, "order", trainer.epoch)))
+            row = trainer.train_epoch(
+                _batches(shard, share, seed_of(config.seed, "order", trainer.epoch), config.canvas)
+            )
         except DivergedError as error:
             # Returned, not raised: Ray Train would start the same failure again and again.
             ray.train.report({"diverged": str(error)})
@@ -167,21 +169,27 @@ def _worker(loop_config: dict[str, Any]) -> None:
             ray.train.report(row, checkpoint=state, checkpoint_dir_name=f"epoch_{trainer.epoch:04d}")
 
 
-def _batches(shard: Any, size: int, seed: int) -> Iterator[Photographs]:
+def _batches(shard: Any, size: int, seed: int, canvas: int) -> Iterator[Photographs]:
     for batch in shard.iter_batches(
         batch_size=size,
-        batch_format="numpy",
+        batch_format="pyarrow",
         drop_last=True,
         prefetch_batches=2,
         local_shuffle_buffer_size=SHUFFLE_BATCHES * size,
         local_shuffle_seed=seed & 2**31 - 1,
     ):
-        yield Photographs(list(batch["key"]), batch["pixels"], batch["height"], batch["width"])
+        yield _photographs(batch, canvas)
+
+
+def _photographs(table: pa.Table, canvas: int) -> Photographs:
+    keys, pixels, heights, widths = (table[name].to_pylist() for name in sources.DECODED_SCHEMA.names)
+    return Photographs.of(keys, pixels, heights, widths, canvas)
 
 
 def _held_out(run: TrainRun) -> Photographs:
-    columns: Any = sources.read_split(run.data, "--data", sources.VALIDATION, run.config.canvas, run.config.val_images)
-    return Photographs(list(columns["key"]), columns["pixels"], columns["height"], columns["width"])
+    config = run.config
+    table = sources.read_split(run.data, "--data", sources.VALIDATION, config.canvas, config.val_images)
+    return _photographs(table, config.canvas)
 
 
 def _progress(row: dict[str, float], config: TrainConfig, history: list[dict[str, float]]) -> str:
@@ -201,7 +209,7 @@ def _dataset(run: TrainRun) -> ray.data.Dataset:
     files = [f"{root}/{key}" for key in sources.parquet_files(run.data, "--data")]
     canvas = run.config.canvas
 
-    def decode(table: pa.Table) -> Any:
+    def decode(table: pa.Table) -> pa.Table:
         return sources.decode_rows(table, sources.TRAIN, canvas)
 
     with filesystem.open_input_file(files[0]) as handle:

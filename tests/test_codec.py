@@ -1,0 +1,465 @@
+"""The codec against Pillow: the same pixels in, and everything but the pixels kept on the way out."""
+
+import io
+import struct
+import subprocess
+import sys
+import zlib
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile, get_sampling
+from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import IFDRational, ImageFileDirectory_v2
+
+from restore_core.codec import Picture, decode, encode, encode_png, probe, thumbnail_jpeg, thumbnail_png
+from restore_core.errors import ItemError
+
+SOFTWARE = "restore_core 0.1.0 (model tiny)"
+ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r/></x:xmpmeta>'
+STORED = {  # every format and mode that is restored
+    "JPEG": ("L", "RGB"),
+    "PNG": ("L", "LA", "RGB", "RGBA"),
+    "WEBP": ("RGB", "RGBA"),
+    "TIFF": ("L", "LA", "RGB", "RGBA"),
+    "BMP": ("L", "RGB"),
+}
+CASES = [(name, mode) for name, modes in STORED.items() for mode in modes]
+LOSSLESS = [case for case in CASES if case[0] != "JPEG"]
+
+
+def random_pixels(height: int, width: int, channels: int, seed: int = 0) -> np.ndarray:
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def smooth_pixels(height: int, width: int) -> np.ndarray:
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x * 255 // max(width - 1, 1), y * 255 // max(height - 1, 1), (x + y) % 256], -1).astype(np.uint8)
+
+
+def file_of(image: Image.Image, name: str, **options: object) -> bytes:
+    if name == "WEBP" and "quality" not in options:
+        options |= {"lossless": True, "exact": True}
+    if name == "JPEG":
+        options = {"quality": 92} | options
+    file = io.BytesIO()
+    image.save(file, name, **options)
+    return file.getvalue()
+
+
+def image_of(name: str, mode: str, height: int = 11, width: int = 7, **options: object) -> bytes:
+    return file_of(Image.fromarray(random_pixels(height, width, len(mode))), name, **options)
+
+
+def opened(data: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    return image
+
+
+def restored(source: bytes, pixels: np.ndarray | None = None, **options: bool) -> bytes:
+    picture = decode(source)
+    return encode(
+        255 - picture.pixels if pixels is None else pixels, source, picture=picture, software=SOFTWARE, **options
+    )
+
+
+def failing(data: bytes, error: str, **options: int) -> str:
+    with pytest.raises(ItemError) as caught:
+        decode(data, **options)
+    assert caught.value.error == error, caught.value.message
+    assert "\n" not in caught.value.message
+    return caught.value.message
+
+
+# --- Pixels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES)
+def test_decode_gives_pillows_pixels(name: str, mode: str) -> None:
+    data = image_of(name, mode)
+    picture = decode(data)
+    truth = opened(data)
+    assert probe(data) == (name, mode, 7, 11) == (picture.format, picture.mode, picture.width, picture.height)
+    assert np.array_equal(picture.pixels, np.asarray(truth.convert("RGB")))
+    assert picture.pixels.dtype == np.uint8 and picture.pixels.flags.c_contiguous and picture.pixels.flags.writeable
+    assert picture.gray == (mode in ("L", "LA"))
+    assert (picture.alpha is None) == ("A" not in mode)
+    if picture.alpha is not None:
+        assert np.array_equal(picture.alpha, np.asarray(truth.getchannel("A")))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    case=st.sampled_from(LOSSLESS), height=st.integers(1, 40), width=st.integers(1, 40), seed=st.integers(0, 2**32 - 1)
+)
+def test_lossless_round_trip(case: tuple[str, str], height: int, width: int, seed: int) -> None:
+    name, mode = case
+    source = image_of(name, mode, height, width)
+    before = decode(source)
+    pixels = random_pixels(height, width, 3, seed)
+    if before.gray:
+        pixels = np.repeat(pixels[:, :, :1], 3, axis=2)
+    after = decode(restored(source, pixels))
+    assert (after.format, after.mode, after.width, after.height) == (name, mode, width, height)
+    assert np.array_equal(after.pixels, pixels)
+    assert (before.alpha is None and after.alpha is None) or np.array_equal(before.alpha, after.alpha)
+
+
+@settings(max_examples=40, deadline=None)
+@given(mode=st.sampled_from(["L", "RGB"]), height=st.integers(1, 40), width=st.integers(1, 40))
+def test_jpeg_round_trip_at_every_size(mode: str, height: int, width: int) -> None:
+    source = file_of(Image.fromarray(smooth_pixels(height, width)).convert(mode), "JPEG", subsampling=0)
+    before = decode(source)
+    after = decode(restored(source, before.pixels))
+    assert (after.format, after.mode, after.width, after.height) == ("JPEG", mode, width, height)
+    assert np.abs(after.pixels.astype(int) - before.pixels).max() <= 12
+
+
+def test_grey_files_stay_grey_by_their_luma() -> None:
+    pixels = random_pixels(11, 7, 3)
+    for name in ("PNG", "TIFF", "BMP"):
+        after = decode(restored(image_of(name, "L"), pixels))
+        luma = pixels @ np.array([0.299, 0.587, 0.114])
+        assert after.mode == "L" and np.abs(after.pixels[:, :, 0] - luma).max() <= 0.51
+
+
+def test_the_caller_must_pass_pixels_of_the_pictures_size() -> None:
+    source = image_of("PNG", "RGB")
+    with pytest.raises(ValueError, match=r"pixels are uint8 \(7, 11, 3\), the picture is 11 x 7"):
+        encode(np.zeros((7, 11, 3), np.uint8), source, picture=decode(source), software=SOFTWARE)
+
+
+# --- Refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [b"", b"hello, world", b"<svg/>", b"BM", bytes(1000), b"PK\3\4" + bytes(100)])
+def test_other_files_are_not_images(data: bytes) -> None:
+    message = failing(data, "not_an_image")
+    assert message == "empty file" if not data else "JPEG, PNG" in message and data[:4].hex(" ") in message
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES)
+def test_files_cut_off_anywhere_are_truncated(name: str, mode: str) -> None:
+    data = image_of(name, mode, 40, 40)
+    for share in (0.95, 0.6, 0.3):
+        cut = data[: int(len(data) * share)]
+        assert failing(cut, "truncated") == f"the file is cut off after {len(cut)} bytes"
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF:UserWarning", "ignore:Truncated File Read:UserWarning")
+def test_a_header_alone_is_truncated() -> None:
+    for name in ("JPEG", "PNG", "WEBP", "TIFF"):
+        failing(image_of(name, "RGB", 40, 40)[:20], "truncated")
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=st.sampled_from(CASES), hits=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=20))
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::RuntimeWarning:PIL")
+def test_garbage_is_an_item_error_or_a_picture(case: tuple[str, str], hits: list[tuple[float, int]]) -> None:
+    data = bytearray(image_of(*case))
+    for place, value in hits:
+        data[int(place * len(data))] = value
+    try:
+        picture = decode(bytes(data), max_pixels=10**6)
+    except ItemError:
+        return
+    assert isinstance(picture, Picture) and picture.pixels.shape == (picture.height, picture.width, 3)
+
+
+def png_header(width: int, height: int, depth: int = 8, colour: int = 2) -> bytes:
+    body = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    chunks = [(b"IHDR", body), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+
+
+def test_bombs_are_refused_by_their_header() -> None:
+    assert "pixels" in failing(png_header(100_000, 100_000), "too_large")
+    assert "pixels" in failing(png_header(10_000, 10_000), "too_large")
+    message = failing(image_of("JPEG", "RGB", 11, 7), "too_large", max_pixels=76)
+    assert message == "7 x 11 pixels are over the budget of 76 pixels"
+    assert decode(image_of("JPEG", "RGB", 11, 7), max_pixels=77).width == 7
+
+
+def frames(name: str) -> bytes:
+    first, second = (Image.fromarray(random_pixels(8, 8, 3, seed)) for seed in (1, 2))
+    return file_of(first, name, save_all=True, append_images=[second], **({"quality": 90} if name == "MPO" else {}))
+
+
+def tagged_tiff(**tags: object) -> bytes:
+    ifd = ImageFileDirectory_v2()
+    for tag, value in tags.items():
+        ifd[int(tag.removeprefix("t"))] = value
+    return file_of(Image.new("RGB", (4, 6)), "TIFF", tiffinfo=ifd)
+
+
+GREY16 = Image.fromarray(np.full((4, 4), 40_000, np.uint16))
+RGB = Image.new("RGB", (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (file_of(RGB.convert("P"), "PNG"), "PNG with a palette; convert it to 8-bit grey, RGB or RGBA first"),
+        (file_of(RGB.convert("P"), "BMP"), "BMP with a palette"),
+        (file_of(RGB.convert("P"), "TIFF"), "TIFF with a palette"),
+        (file_of(RGB.convert("CMYK"), "JPEG"), "JPEG with CMYK"),
+        (file_of(RGB.convert("CMYK"), "TIFF"), "TIFF with CMYK"),
+        (file_of(RGB.convert("1"), "PNG"), "PNG with 1-bit"),
+        (file_of(RGB.convert("LAB"), "TIFF"), "TIFF with LAB"),
+        (file_of(GREY16, "PNG"), "PNG with 16 bits a channel"),
+        (file_of(GREY16, "TIFF"), "TIFF with 16 bits a channel"),
+        (file_of(Image.new("F", (4, 4)), "TIFF"), "TIFF with floating point"),
+        (png_header(4, 4, 16, 2), "PNG with 16 bits a channel"),
+        (png_header(4, 4, 16, 6), "PNG with 16 bits a channel"),
+        (png_header(4, 4, 4, 0), "PNG with 4 bits a channel"),
+        (file_of(RGB, "PNG", transparency=(0, 0, 0)), "PNG with one colour marked as transparent"),
+        (file_of(RGB, "GIF"), "GIF files are not restored; convert to PNG or TIFF first"),
+        (file_of(RGB, "AVIF"), "AVIF files are not restored"),
+        (file_of(RGB, "JPEG2000"), "JPEG2000 files are not restored"),
+        (frames("GIF"), "GIF with 2 frames or pages; split it"),
+        (frames("PNG"), "PNG with 2 frames or pages"),
+        (frames("WEBP"), "WEBP with 2 frames or pages"),
+        (frames("TIFF"), "TIFF with 2 frames or pages"),
+        (frames("MPO"), "MPO with 2 frames or pages"),
+        (file_of(RGB, "JPEG", xmp=b'<x hdrgm:Version="1.0"/>'), "JPEG with an HDR gain map"),
+        (tagged_tiff(t37724=b"layers"), "TIFF with Photoshop layers"),
+        (tagged_tiff(t50706=b"\1\4\0\0"), "TIFF with DNG"),
+        (file_of(RGB, "TIFF", big_tiff=True), "BigTIFF"),
+    ],
+)
+def test_what_cannot_be_kept_whole_is_refused_by_name(data: bytes, reason: str) -> None:
+    assert failing(data, "unsupported").startswith(reason)
+
+
+def test_one_picture_in_a_mpo_or_apng_or_tiff_is_a_picture() -> None:
+    assert decode(file_of(RGB, "MPO")).format == "JPEG"
+    assert decode(file_of(RGB, "PNG", save_all=True)).format == "PNG"
+
+
+# --- Metadata --------------------------------------------------------------------------------------------------------
+
+
+def exif_of_a_camera(orientation: int) -> bytes:
+    """Big-endian, with a maker note, GPS and a thumbnail directory: what Pillow's own writer would rearrange."""
+    exif = Image.Exif()
+    exif.endian = ">"
+    exif[271], exif[274], exif[305] = "Camera", orientation, "Editor 1.0"
+    exif.get_ifd(34665)[37500] = b"maker note" * 30
+    exif.get_ifd(34853).update({1: "N", 2: (IFDRational(48), IFDRational(8), IFDRational(14))})
+    return exif.tobytes()
+
+
+def check_exif(after: bytes, orientation: int) -> None:
+    exif = Image.open(io.BytesIO(after)).getexif()
+    assert (exif[271], exif[274], exif[305]) == ("Camera", orientation, SOFTWARE)
+    assert exif.get_ifd(34665)[37500] == b"maker note" * 30
+    assert exif.get_ifd(34853)[1] == "N" and exif.get_ifd(34853)[2] == (48, 8, 14)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP"])
+def test_exif_icc_and_xmp_are_kept_and_the_way_up_too(name: str, orientation: int) -> None:
+    exif = exif_of_a_camera(orientation)
+    source = file_of(Image.fromarray(smooth_pixels(11, 7)), name, exif=exif, icc_profile=ICC, **xmp_for(name))
+    picture = decode(source)
+    assert (picture.width, picture.height) == (7, 11)  # stored, not turned
+    after = restored(source, picture.pixels)
+    check_exif(after, orientation)
+    image = opened(after)
+    assert image.info["icc_profile"] == ICC and image.info["xmp"] == XMP
+    shown_before, shown_after = (np.asarray(ImageOps.exif_transpose(opened(data))) for data in (source, after))
+    assert shown_before.shape == shown_after.shape
+    assert np.abs(shown_before.astype(int) - shown_after).max() <= (12 if name == "JPEG" else 0)
+
+
+def xmp_for(name: str) -> dict[str, object]:
+    if name != "PNG":
+        return {"xmp": XMP}
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", XMP.decode())
+    return {"pnginfo": info}
+
+
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP"])
+def test_software_is_noted_without_any_exif(name: str) -> None:
+    assert dict(opened(restored(image_of(name, "RGB"))).getexif()) == {305: SOFTWARE}
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP"])
+def test_stripping_keeps_profile_and_orientation(name: str, orientation: int) -> None:
+    exif = exif_of_a_camera(orientation)
+    source = image_of(name, "RGB", exif=exif, icc_profile=ICC, **xmp_for(name))
+    image = opened(restored(source, strip_metadata=True))
+    assert dict(image.getexif()) == ({} if orientation == 1 else {274: orientation})
+    assert image.info["icc_profile"] == ICC and "xmp" not in image.info and not image.getexif().get_ifd(34853)
+
+
+def test_everything_else_in_the_exif_stays_where_it_was() -> None:
+    exif = exif_of_a_camera(6)
+    after = opened(restored(image_of("JPEG", "RGB", exif=exif))).info["exif"]
+    assert after[14 : len(exif)] == exif[14:]  # but for the offset of the first directory
+    assert len(after) < len(exif) + 200
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF:UserWarning")
+def test_a_damaged_exif_is_carried_as_it_is() -> None:
+    for broken in (b"Exif\0\0", b"Exif\0\0MM\0*\0\0\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\1", b"Exif\0\0nothing"):
+        for name in ("JPEG", "WEBP"):
+            source = image_of(name, "RGB", exif=broken)
+            after = opened(restored(source)).info.get("exif", b"")
+            assert broken == b"Exif\0\0" or after.removeprefix(b"Exif\0\0") == broken.removeprefix(b"Exif\0\0")
+            assert "exif" not in opened(restored(source, strip_metadata=True)).info
+
+
+def test_an_exif_too_long_for_the_note_is_kept_without_it() -> None:
+    exif = Image.Exif()
+    exif[271] = "x" * 65_400
+    source = image_of("JPEG", "RGB", exif=exif.tobytes())
+    assert opened(restored(source)).info["exif"] == opened(source).info["exif"]
+
+
+# --- Compression -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(quality=st.integers(1, 100), subsampling=st.integers(0, 2), progressive=st.booleans())
+def test_jpeg_tables_and_sampling_are_the_sources(quality: int, subsampling: int, progressive: bool) -> None:
+    source = image_of("JPEG", "RGB", 33, 31, quality=quality, subsampling=subsampling, progressive=progressive)
+    before, after = opened(source), opened(restored(source))
+    assert isinstance(before, JpegImageFile) and isinstance(after, JpegImageFile)
+    assert after.quantization == before.quantization and get_sampling(after) == get_sampling(before) == subsampling
+    assert after.info.get("progressive", 0) == before.info.get("progressive", 0) == int(progressive)
+
+
+def test_jpeg_with_a_table_for_each_channel_keeps_them_in_order() -> None:
+    tables = [[value] * 64 for value in (3, 9, 5)]
+    after = opened(restored(image_of("JPEG", "RGB", qtables=tables)))
+    assert [after.quantization[layer[3]][0] for layer in after.layer] == [3, 9, 5]
+
+
+def test_grey_and_rgb_jpegs_keep_their_table() -> None:
+    source = image_of("JPEG", "L", quality=40)
+    assert opened(restored(source)).quantization == opened(source).quantization
+    after = opened(restored(image_of("JPEG", "RGB", keep_rgb=True)))
+    assert after.info.get("adobe_transform") == 0
+
+
+def test_jpeg_density_comment_and_iptc_are_kept() -> None:
+    iptc = b"\xff\xed" + struct.pack(">H", 2 + 20) + b"Photoshop 3.0\0caption"[:20]
+    source = image_of("JPEG", "RGB", dpi=(300, 200), comment=b"hello", extra=iptc)
+    after = opened(restored(source))
+    assert after.info["dpi"] == (300, 200) and after.info["comment"] == b"hello"
+    assert ("APP13", iptc[4:]) in after.applist
+    stripped = opened(restored(source, strip_metadata=True))
+    assert "comment" not in stripped.info and "APP13" not in stripped.app
+
+
+def test_webp_stays_lossless_or_becomes_no_coarser() -> None:
+    lossless, lossy = image_of("WEBP", "RGBA"), image_of("WEBP", "RGBA", quality=50)
+    assert b"VP8L" in restored(lossless) and b"VP8L" in restored(image_of("WEBP", "RGB", exif=exif_of_a_camera(1)))
+    assert b"VP8 " in restored(lossy) and b"VP8L" not in restored(lossy)
+    assert np.array_equal(decode(restored(lossy)).alpha, decode(lossy).alpha)  # type: ignore[arg-type]
+
+
+def test_png_chunks_are_carried_byte_for_byte() -> None:
+    info = PngInfo()
+    info.add_text("Title", "Grüße")
+    info.add_itxt("Comment", "größer", lang="de")
+    info.add(b"gAMA", struct.pack(">I", 45455))
+    info.add(b"vpAg", b"private", after_idat=True)
+    source = image_of("PNG", "RGBA", pnginfo=info, dpi=(300, 300))
+    after = restored(source)
+    image = opened(after)
+    assert image.info["Title"] == "Grüße" and image.info["Comment"] == "größer" and image.info["gamma"] == 0.45455
+    assert image.info["dpi"] == opened(source).info["dpi"] and b"vpAgprivate" in after
+    stripped = opened(restored(source, strip_metadata=True))
+    assert "Title" not in stripped.info and stripped.info["gamma"] == 0.45455
+
+
+def test_bmp_keeps_its_resolution() -> None:
+    source = image_of("BMP", "RGB", dpi=(300, 300))
+    assert opened(restored(source)).info["dpi"] == opened(source).info["dpi"]
+
+
+def full_tiff(compression: str, prefix: bytes) -> bytes:
+    """A TIFF with tags of all kinds, Exif and GPS directories, in either byte order, any compression."""
+    from restore_core import codec
+
+    pixels = file_of(Image.fromarray(smooth_pixels(11, 7)), "TIFF", compression=compression, icc_profile=ICC)
+    ifd = ImageFileDirectory_v2(prefix=prefix)
+    ifd[271], ifd[274], ifd[305], ifd[700], ifd[65001] = "Camera", 6, "Editor 1.0", XMP, (1, 2, 3)
+    ifd[282], ifd[283], ifd[296] = IFDRational(300), IFDRational(300), 2
+    ifd[34665] = {37500: b"maker note" * 30, 33434: IFDRational(1, 100)}
+    ifd[34853] = {1: "N", 2: (IFDRational(48), IFDRational(8), IFDRational(14))}
+    block = (b"II*\0\x08\0\0\0" if prefix == b"II" else b"MM\0*\0\0\0\x08") + ifd.tobytes(8)
+    tiff = bytearray(pixels)
+    layout, _ = codec._read_ifd(tiff, codec._first_ifd(tiff))
+    tags = [codec._moved(entry, block, tiff) for entry in codec._read_ifd(block, 8)[0]]
+    codec._write_first_ifd(tiff, [*layout, *tags], 0)
+    return bytes(tiff)
+
+
+@pytest.mark.parametrize("prefix", [b"II", b"MM"])
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate", "jpeg"])
+def test_tiff_tags_are_kept_at_every_compression(compression: str, prefix: bytes) -> None:
+    source = full_tiff(compression, prefix)
+    picture = decode(source)
+    assert (picture.width, picture.height) == (7, 11) == probe(source)[2:]  # stored, though Pillow turns TIFF
+    if compression != "jpeg":
+        assert np.array_equal(picture.pixels, smooth_pixels(11, 7))
+    after = restored(source, picture.pixels)
+    check_exif(after, 6)
+    image = Image.open(io.BytesIO(after))
+    assert image.info["compression"] == (compression if compression != "jpeg" else "tiff_adobe_deflate")
+    assert image.info["icc_profile"] == ICC and image.info["xmp"] == XMP and image.info["dpi"] == (300, 300)
+    assert image.tag_v2[65001] == (1, 2, 3)  # type: ignore[attr-defined]
+    assert np.array_equal(np.asarray(opened(after)), np.asarray(opened(source)))  # Pillow shows both the same way up
+    stripped = Image.open(io.BytesIO(restored(source, strip_metadata=True)))
+    assert stripped.getexif()[274] == 6 and stripped.info["icc_profile"] == ICC and stripped.info["dpi"] == (300, 300)
+    assert not {271, 305, 700, 34665, 34853, 65001} & set(stripped.getexif())
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tiff_of_every_orientation_is_shown_the_same_way_up(orientation: int) -> None:
+    source = file_of(Image.fromarray(smooth_pixels(11, 7)), "TIFF", tiffinfo={274: orientation})
+    picture = decode(source)
+    assert np.array_equal(picture.pixels, smooth_pixels(11, 7))
+    assert np.array_equal(np.asarray(opened(restored(source, picture.pixels))), np.asarray(opened(source)))
+
+
+def test_what_pillow_cannot_write_is_an_encode_error() -> None:
+    source = image_of("JPEG", "RGB")
+    segment = b"Exif\0\0MM\0*" + bytes(40_000)
+    segment = b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment
+    with pytest.raises(ItemError, match="^encode: cannot write as JPEG: EXIF data is too long$"):
+        restored(source[:2] + segment + segment + source[2:])  # EXIF over two segments
+
+
+# --- Small helpers ---------------------------------------------------------------------------------------------------
+
+
+def test_png_and_thumbnails() -> None:
+    pixels = smooth_pixels(30, 60)
+    assert np.array_equal(np.asarray(opened(encode_png(pixels))), pixels)
+    assert np.array_equal(np.asarray(opened(encode_png(pixels[:, ::2]))), pixels[:, ::2])
+    sizes = [opened(thumbnail_png(pixels, side)).size for side in (100, 60, 20, 1)]
+    assert sizes == [(60, 30), (60, 30), (20, 10), (1, 1)]
+    assert opened(thumbnail_jpeg(pixels, 20)).size == (20, 10)
+    assert all(a[0] >= b[0] for a, b in pairwise(sizes))
+
+
+def test_importing_stays_light() -> None:
+    heavy = {"torch", "ray", "boto3", "pyarrow", "matplotlib"}
+    code = f"import sys, restore_core.codec; print(sorted({heavy} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -112,6 +112,7 @@ def train(
             storage_path=path.rsplit("/", 1)[0],
             storage_filesystem=filesystem,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            worker_runtime_env={"env_vars": cluster.KEEP_MEMORY},
             failure_config=ray.train.FailureConfig(max_failures=3),
         ),
         datasets={"train": _dataset(run)},

@@ -139,7 +139,9 @@ def parse_schedule(text: str) -> tuple[Phase, ...]:
     phases = []
     for part in text.split(","):
         size, colon, epochs = part.partition(":")
-        valid = colon and size.strip().isdecimal() and epochs.strip().isdecimal() and int(size) >= 1 and int(epochs) >= 1
+        valid = (
+            colon and size.strip().isdecimal() and epochs.strip().isdecimal() and int(size) >= 1 and int(epochs) >= 1
+        )
         require(bool(valid), "schedule", text, "write SIZE:EPOCHS,SIZE:EPOCHS,..., such as 48:40,96:10")
         phases.append(Phase(size=int(size), epochs=int(epochs)))
     return tuple(phases)
@@ -220,7 +222,7 @@ PRESETS: dict[str, TrainConfig] = {
     # The bundled model `faces`. On 2 CPU cores about 75 minutes with LFW; its config.json says what came of it.
     "faces": TrainConfig(
         model=ResidualUNetConfig(channels=(24, 48, 96, 192, 256), blocks=1),
-        phases=parse_schedule("48:20,96:3,128:2"),
+        phases=parse_schedule("48:18,96:2,128:2"),
     ),
 }
 """What `jobs/train.py --preset` takes; `--schedule`, `--batch-size`, `--learning-rate` and `--seed` change one part."""

@@ -28,6 +28,6 @@ def worker_count(text: str) -> int | None:
     """The option --workers: None for auto. Raises UsageError."""
     if text == "auto":
         return None
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"--workers {text}: use auto or a number from 1")
     return int(text)

@@ -78,10 +78,8 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Picture:
     orientation = image.tag_v2.get(_ORIENTATION) if isinstance(image, TiffImageFile) else None
     with _decoding(data):
         image.load()
-        if undo := _UNDO_TRANSPOSE.get(orientation or 1):
-            stored: Image.Image = image.transpose(undo)
-        else:
-            stored = image
+        undo = _UNDO_TRANSPOSE.get(orientation or 1)
+        stored: Image.Image = image if undo is None else image.transpose(undo)
         bands = np.array(stored)  # a copy: views of Pillow's memory are read-only
     if bands.ndim == 2:
         bands = bands[:, :, np.newaxis]
@@ -123,7 +121,7 @@ def encode(pixels: Pixels, source: bytes, *, picture: Picture, software: str, st
             case TiffImageFile():
                 return _encode_tiff(image, original, source, software, strip_metadata)
         if original.format == "PNG":
-            return _encode_png(image, source, software, strip_metadata)
+            return _encode_png(image, original, source, software, strip_metadata)
         if original.format == "WEBP":
             return _encode_webp(image, original, source, software, strip_metadata)
         return _saved(image, "BMP", dpi=original.info.get("dpi", (96, 96)))
@@ -347,13 +345,16 @@ _PNG_LAYOUT = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"hIST", b"acTL", b"
 _PNG_COLOUR = (b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP", b"sBIT", b"pHYs")
 
 
-def _encode_png(image: Image.Image, source: bytes, software: str, strip: bool) -> bytes:
+def _encode_png(image: Image.Image, original: ImageFile.ImageFile, source: bytes, software: str, strip: bool) -> bytes:
     """Put the source's own ancillary chunks, byte for byte, around the new pixels."""
     new, old = list(_png_chunks(_saved(image, "PNG", compress_level=1))), list(_png_chunks(source))
     first = next(index for index, (kind, _) in enumerate(old) if kind == b"IDAT")
     kept = [(kind, body) for kind, body in old if kind not in _PNG_LAYOUT and (kind in _PNG_COLOUR or not strip)]
     before = sum(kind not in _PNG_LAYOUT and (kind in _PNG_COLOUR or not strip) for kind, _ in old[:first])
-    exif = _exif(_bare(next((body for kind, body in old if kind == b"eXIf"), None)), software, strip)
+    block = next((body for kind, body in old if kind == b"eXIf"), b"")
+    if not block and (text := original.info.get("Raw profile type exif")):  # where older ImageMagick put it
+        block = bytes.fromhex("".join(text.split("\n")[3:]))
+    exif = _exif(_bare(block), software, strip)
     chunks = [
         new[0],
         *kept[:before],

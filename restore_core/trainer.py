@@ -183,7 +183,7 @@ class Trainer:
         if not math.isfinite(total):
             raise DivergedError(
                 f"the training loss is {total} in epoch {self.epoch + 1} at or before step {step + 1}; "
-                f"lower --optimizer.learning-rate (now {self.config.optimizer.learning_rate:g}) and use a new --name"
+                f"lower --learning-rate (now {self.config.optimizer.learning_rate:g}) and use a new --name"
             )
 
     def _predict(self, model: nn.Module, images: Tensor) -> Prediction:
@@ -272,7 +272,7 @@ def random_crops(batch: Photographs, size: int, crop_min: float, generator: Gene
     device = generator.seeds.device
     height, width = _sides(batch, device)
     draw = generator.uniform(4)
-    side = torch.minimum(height, width) * (crop_min + (1 - crop_min) * draw[:, 0])
+    side = (torch.minimum(height, width) * (crop_min + (1 - crop_min) * draw[:, 0])).clamp(min=1)
     top, left = (height - side) * draw[:, 1], (width - side) * draw[:, 2]
     return resize_crops(batch, size, top, left, side, mirrored=draw[:, 3] < 0.5)
 

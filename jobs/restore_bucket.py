@@ -1,0 +1,84 @@
+#!/usr/bin/env python
+"""Restore every photograph of a folder, an S3 prefix or a Parquet dataset, and account for each of them.
+
+Outputs keep the inputs' names and formats. OUTPUT/_restore holds the ledger (manifest/*.parquet, one row per input
+object), run.json and report.html. Started again, it does only what is missing or has changed.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from jobs import command_line
+from restore_core.config import require
+from restore_core.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreBucket:
+    input: str
+    """A local folder or file, s3://bucket/prefix, or Parquet files with a column of encoded images."""
+    output: str
+    """A local folder or s3://bucket/prefix, outside --input."""
+    model: str = "faces"
+    """A bundled model's name, or the path or URI of a model folder."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes GPUs where the cluster has some."""
+    workers: str = "auto"
+    """Processes that hold the model: a number, or auto for every GPU of the cluster, else every CPU."""
+    batch_size: int = 16
+    """Images that a worker handles together; lower it when memory runs out."""
+    max_megapixels: float = 89.0
+    """Larger pictures are refused as too_large, before they are decoded. Megapixels."""
+    strip_metadata: bool = False
+    """Drop EXIF, XMP and texts (the ICC profile and the orientation stay)."""
+    retry_failed: str | None = None
+    """Try failed objects again: all, or classes of the ledger's column `error`, such as read,denied."""
+    max_failed_share: float = 0.5
+    """Exit with 1 when more than this share of the objects has failed, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
+        require(self.max_megapixels > 0, "max_megapixels", self.max_megapixels, "use a number above 0")
+        require(0 <= self.max_failed_share <= 1, "max_failed_share", self.max_failed_share, "use a share from 0 to 1")
+        command_line.worker_count(self.workers)
+
+
+def main(job: RestoreBucket) -> int:
+    from restore_core import checkpoint, manifest
+    from restore_core.storage import open_storage, overlaps, require_readable, require_writable
+
+    retry = manifest.parse_retry(job.retry_failed)
+    source = open_storage(job.input, option="--input")
+    require_readable(source, "--input")
+    output = open_storage(job.output, option="--output")
+    if overlaps(source, output) or overlaps(output, source):
+        raise UsageError(f"--output {job.output}: lies inside --input {job.input} or around it; choose another place")
+    require_writable(output, "--output")
+    model = checkpoint.read(job.model)
+    from restore_core.pipelines.restoration import RestoreOptions, restore
+
+    options = RestoreOptions(
+        model=job.model,
+        device=job.device,
+        workers=command_line.worker_count(job.workers),
+        batch_size=job.batch_size,
+        max_pixels=int(job.max_megapixels * 1e6),
+        strip_metadata=job.strip_metadata,
+        retry=retry,
+    )
+    summary = restore(source, output, model, options, sys.argv)
+    counts = ", ".join(f"{count} {status}" for status, count in summary.statuses.items())
+    print(f"{summary.listed} objects: {counts} ({summary.already_done} by earlier runs)")
+    if summary.errors:
+        print("failures: " + ", ".join(f"{count} {error}" for error, count in summary.errors.items()))
+    print(f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images/s")
+    print(f"report: {summary.report}")
+    return command_line.TOO_MANY_FAILURES if summary.failed_share > job.max_failed_share else command_line.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run(main, RestoreBucket))

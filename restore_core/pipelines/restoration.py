@@ -1,0 +1,496 @@
+"""Ray Data around the stages: the listing, the actor pool, the ledger as it grows, and the account at the end.
+
+On CPUs one actor does everything for an object, since moving pixels between processes costs more than it gains; with
+GPUs, tasks on the CPUs decode and encode around the actors that hold the model.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+import torch
+
+from restore_core import codec, manifest, report, sources
+from restore_core.checkpoint import ModelFolder
+from restore_core.errors import UsageError
+from restore_core.inference import Restorer
+from restore_core.manifest import Ledger, Retry, Row
+from restore_core.pipelines import cluster, stages
+from restore_core.pipelines.stages import RestoreRun
+from restore_core.storage import Object, Storage
+
+logger = logging.getLogger(__name__)
+
+BLOCK_BYTES = 16 * 2**20
+"""Encoded bytes that go to an actor at once: about 300 MB of pixels for JPEG."""
+FLUSH_ROWS, FLUSH_SECONDS = 2000, 10.0
+"""The ledger is written down after so many rows or seconds: what a killed driver has to do again."""
+PROGRESS_SECONDS = 5.0
+IO_THREADS = 8
+"""Objects fetched, decoded, encoded and written at once in each actor."""
+RUN_FILE = f"{manifest.FOLDER}/run.json"
+REPORT_FILE = f"{manifest.FOLDER}/report.html"
+SAMPLES, SAMPLE_BYTES = 12, 8 * 2**20
+"""Of the report: how many photographs it shows, and how large a file may be for it."""
+NO_RETRY = Retry()
+RESULT_OPTIONS = ("strip_metadata", "max_pixels")
+"""Options that decide what a restored file looks like; with another value it is done again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreOptions:
+    model: str
+    device: cluster.Device = "auto"
+    workers: int | None = None
+    batch_size: int = 16
+    max_pixels: int
+    strip_metadata: bool = False
+    retry: Retry = NO_RETRY
+
+
+@dataclass(frozen=True)
+class Summary:
+    listed: int
+    already_done: int
+    """Of them, finished by earlier runs."""
+    statuses: dict[str, int]
+    """Rows by status, over everything listed."""
+    errors: dict[str, int]
+    seconds: float
+    report: str
+
+    @property
+    def failed_share(self) -> float:
+        return self.statuses.get("failed", 0) / max(1, self.listed)
+
+    @property
+    def images_per_second(self) -> float:
+        return (self.listed - self.already_done) / max(1e-9, self.seconds)
+
+
+# --- What there is to do -------------------------------------------------------------------------------------------
+
+
+def is_parquet(objects: list[Object]) -> bool:
+    """The input is taken as Parquet when every file in it is."""
+    return all(item.key.endswith(".parquet") for item in objects)
+
+
+def list_input(storage: Storage) -> list[Object]:
+    """Every object but those of an earlier restore's own folder. Raises UsageError when there are none."""
+    own = f"{manifest.FOLDER}/"
+    objects = [item for item in storage.list() if not item.key.startswith(own)]
+    if not objects:
+        raise UsageError(f"--input {storage.uri}: no files there; check the path or prefix")
+    return objects
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """One row group of an input Parquet file: its rows stand in the ledger like objects."""
+
+    file: str
+    group: int
+    objects: list[Object]
+    output_key: str
+
+
+def list_row_groups(storage: Storage, files: list[Object]) -> list[RowGroup]:
+    """The rows of all Parquet files. A row's key is its column `key`, else FILE#ROW. Raises UsageError."""
+    filesystem, root = storage.filesystem()
+    groups = []
+    seen: set[str] = set()
+    for item in files:
+        try:
+            with filesystem.open_input_file(f"{root}/{item.key}") as handle:
+                file = pq.ParquetFile(handle)
+                sources.image_column(file.schema_arrow)
+                keyed = "key" in file.schema_arrow.names
+                first = 0
+                for group in range(file.num_row_groups):
+                    count = file.metadata.row_group(group).num_rows
+                    if keyed:
+                        keys = [str(key) for key in file.read_row_group(group, columns=["key"])["key"].to_pylist()]
+                    else:
+                        keys = [f"{item.key}#{first + row}" for row in range(count)]
+                    first += count
+                    for key in keys:
+                        if key in seen:
+                            raise UsageError(
+                                f"--input {storage.join(item.key)}: key {key!r} occurs twice; make keys unique"
+                            )
+                        seen.add(key)
+                    suffix = "" if file.num_row_groups == 1 else f"-{group:05d}"
+                    groups.append(
+                        RowGroup(
+                            file=item.key,
+                            group=group,
+                            objects=[Object(key, item.size, item.etag) for key in keys],
+                            output_key=item.key.removesuffix(".parquet") + suffix + ".parquet",
+                        )
+                    )
+        except pa.ArrowInvalid as error:
+            raise UsageError(f"--input {storage.join(item.key)}: not a readable Parquet file ({error})") from error
+        except UsageError as error:
+            if str(error).startswith("--input"):
+                raise
+            raise UsageError(f"--input {storage.join(item.key)}: {error}") from error
+    return groups
+
+
+UNIT_SCHEMA = pa.schema(
+    [*manifest.SCHEMA, pa.field("file", pa.string()), pa.field("group", pa.int32()), pa.field("target", pa.string())]
+)
+"""A block of the dataset: rows that are done together. For Parquet: their file, row group and output key."""
+
+
+def object_units(rows: Iterable[Row], batch_size: int) -> Iterator[pa.Table]:
+    """Units of at most `batch_size` objects and `BLOCK_BYTES` encoded bytes."""
+    unit: list[Row] = []
+    for row in rows:
+        if unit and (len(unit) == batch_size or sum(r.size for r in unit) + row.size > BLOCK_BYTES):
+            yield _unit(unit)
+            unit = []
+        unit.append(row)
+    if unit:
+        yield _unit(unit)
+
+
+def row_group_unit(rows: list[Row], group: RowGroup) -> pa.Table:
+    return _unit(rows, group)
+
+
+def _unit(rows: list[Row], group: RowGroup | None = None) -> pa.Table:
+    place = (group.file, group.group, group.output_key) if group else (None, None, None)
+    table = manifest.table_of(rows)
+    for name, value in zip(("file", "group", "target"), place, strict=True):
+        field = UNIT_SCHEMA.field(name)
+        table = table.append_column(field, pa.array([value] * len(rows), type=field.type))
+    return table
+
+
+# --- In the actors -------------------------------------------------------------------------------------------------
+
+
+class Stage:
+    """What all actors have: the run, and threads for reading, coding and writing."""
+
+    def __init__(self, run: "ray.ObjectRef[RestoreRun]") -> None:
+        self.run: RestoreRun = ray.get(run)
+        torch.set_num_threads(self.run.threads)
+        self.pool = ThreadPoolExecutor(IO_THREADS)
+
+
+class RestoreUnit(Stage):
+    """Everything for a unit, in one process that holds the model. unit -> ledger rows"""
+
+    def __init__(self, run: "ray.ObjectRef[RestoreRun]", batch_size: int) -> None:
+        super().__init__(run)
+        self.batch_size = batch_size
+        self.restorer = Restorer(self.run.model, self.run.device)
+
+    def __call__(self, unit: pa.Table) -> pa.Table:
+        rows = manifest.rows_of(unit.select(manifest.SCHEMA.names))
+        file, group, target = (unit[name][0].as_py() for name in ("file", "group", "target"))
+        if file is None:
+            return manifest.table_of(stages.restore_objects(rows, self.run, self.restorer, self.pool))
+        return manifest.table_of(
+            stages.restore_row_group(rows, file, group, target, self.run, self.restorer, self.pool, self.batch_size)
+        )
+
+
+class DecodeUnit(Stage):
+    """unit -> items with pixels"""
+
+    def __call__(self, unit: pa.Table) -> pa.Table:
+        items = [stages.Item(row) for row in manifest.rows_of(unit.select(manifest.SCHEMA.names))]
+        stages.each(self.pool, lambda item: stages.fetch_and_decode(item, self.run), items)
+        return stages.items_to_table(items)
+
+
+class RestoreItems(Stage):
+    """items with pixels -> items with restored pixels"""
+
+    def __init__(self, run: "ray.ObjectRef[RestoreRun]") -> None:
+        super().__init__(run)
+        self.restorer = Restorer(self.run.model, self.run.device)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        items = stages.items_of_table(table)
+        stages.restore(items, self.restorer)
+        return stages.items_to_table(items)
+
+
+class WriteItems(Stage):
+    """items with restored pixels -> ledger rows"""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        items = stages.items_of_table(table)
+        stages.each(self.pool, lambda item: stages.encode_and_write(item, self.run), items)
+        return manifest.table_of(item.row for item in items)
+
+
+def build_dataset(
+    units: list[pa.Table], run: RestoreRun, *, actors: int, batch_size: int, separate: bool, gpus: float
+) -> ray.data.Dataset:
+    """The graph: one fused stage, or decode -> restore -> write in processes of their own (`separate`)."""
+    shared = ray.put(run)
+    # A crashed actor is started again and its unit tried once more; a unit that fails twice is left out, and found
+    # missing in the ledger afterwards. (Finite max_restarts with max_errored_blocks=-1 hangs: ray#62746.)
+    robust: dict[str, Any] = {
+        "batch_size": None,
+        "batch_format": "pyarrow",
+        "max_restarts": -1,
+        "max_task_retries": 1,
+        "runtime_env": {"env_vars": cluster.KEEP_MEMORY},
+    }
+    dataset = ray.data.from_arrow(units)
+    pool = ray.data.ActorPoolStrategy(size=actors)
+    if not separate:
+        return dataset.map_batches(
+            RestoreUnit, fn_constructor_args=(shared, batch_size), compute=pool, num_cpus=1, num_gpus=gpus, **robust
+        )
+    around = ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, cluster.resources()[0] // 2))
+    return (
+        dataset.map_batches(DecodeUnit, fn_constructor_args=(shared,), compute=around, num_cpus=1, **robust)
+        .map_batches(
+            RestoreItems,
+            fn_constructor_args=(shared,),
+            compute=pool,
+            num_cpus=0 if not gpus else 1,
+            num_gpus=gpus,
+            **robust,
+        )
+        .map_batches(WriteItems, fn_constructor_args=(shared,), compute=around, num_cpus=1, **robust)
+    )
+
+
+# --- In the driver -------------------------------------------------------------------------------------------------
+
+
+def restore(
+    input: Storage, output: Storage, model: ModelFolder, options: RestoreOptions, command: list[str]
+) -> Summary:
+    """Restore everything that the ledger does not yet account for, and close the account.
+
+    Raises UsageError before anything is written when input, output or cluster cannot work.
+    """
+    objects = list_input(input)
+    groups = list_row_groups(input, objects) if is_parquet(objects) else None
+    if groups is not None:
+        objects = [item for group in groups for item in group.objects]
+    run_id = manifest.new_run_id()
+    ledger = Ledger(output, run_id)
+    identity = manifest.options_hash({name: getattr(options, name) for name in RESULT_OPTIONS})
+    existing = {item.key for item in output.list()}
+    work = {
+        item.key: Row(
+            key=item.key, size=item.size, etag=item.etag, model=model.sha256, options=identity, attempt=attempt,
+            run_id=run_id,
+        )
+        for item, attempt in manifest.left_to_do(
+            objects, ledger.latest(), model=model.sha256, options=identity, retry=options.retry, exists=existing
+        )
+    }  # fmt: skip
+    started = time.perf_counter()
+    logger.info("%d objects listed, %d of them left to do", len(objects), len(work))
+    if work:
+        _run(work, groups, input, output, model, options, ledger)
+    table = _of_listing(ledger.merge(), objects)
+    seconds = time.perf_counter() - started
+    summary = Summary(
+        listed=len(objects),
+        already_done=len(objects) - len(work),
+        statuses=manifest.counts(table, "status"),
+        errors=manifest.counts(table, "error"),
+        seconds=seconds,
+        report=output.join(REPORT_FILE),
+    )
+    assert len(table) == len(objects), "the ledger does not close: a bug"
+    record = _record(summary, model, options, command, run_id)
+    output.write(RUN_FILE, json.dumps(record, indent=2).encode())
+    samples = _samples(table, input, output, groups)
+    output.write(REPORT_FILE, report.restore_page(table, record, samples, input.uri, output.uri))
+    return summary
+
+
+def _run(
+    work: dict[str, Row],
+    groups: list[RowGroup] | None,
+    input: Storage,
+    output: Storage,
+    model: ModelFolder,
+    options: RestoreOptions,
+    ledger: Ledger,
+) -> None:
+    cluster.connect()
+    device = cluster.pick_device(options.device)
+    cpus, gpus = cluster.resources()
+    most = gpus if device == "cuda" else cpus
+    actors = options.workers or most
+    if actors > most:
+        raise UsageError(
+            f"--workers {actors}: the cluster has {most} {'GPUs' if device == 'cuda' else 'CPUs'}; "
+            f"use --workers {most} or add nodes"
+        )
+    run = RestoreRun(
+        input=input,
+        output=output,
+        model=model,
+        device=device,
+        threads=1 if device == "cuda" else max(1, cpus // actors),
+        max_pixels=options.max_pixels,
+        strip_metadata=options.strip_metadata,
+    )
+    account = _Account(ledger, total=len(work))
+    try:
+        # What is missing after the first pass was beside something that killed its actor; in the second it is alone.
+        for alone in (False, True):
+            missing = {key: row for key, row in work.items() if key not in account.done}
+            if not missing:
+                break
+            if groups is None:
+                units = list(object_units(missing.values(), 1 if alone else _unit_size(options, len(missing), actors)))
+            else:
+                units = [
+                    row_group_unit([_row_of(item, work, missing) for item in group.objects], group)
+                    for group in groups
+                    if any(item.key in missing for item in group.objects)
+                ]
+            dataset = build_dataset(
+                units,
+                run,
+                actors=min(actors, len(units)),
+                batch_size=options.batch_size,
+                separate=device == "cuda" and groups is None,
+                gpus=1 if device == "cuda" else 0,
+            )
+            account.follow(dataset)
+        for key, row in work.items():
+            if key not in account.done:
+                row.fail("decode", "the process that worked on it died twice, the second time on this object alone")
+                stages.finish(row)
+                account.add([row])
+    finally:
+        account.flush()
+
+
+def _unit_size(options: RestoreOptions, count: int, actors: int) -> int:
+    """Small jobs in small units, so that every actor gets its share."""
+    return max(1, min(options.batch_size, math.ceil(count / (2 * actors))))
+
+
+def _row_of(item: Object, work: dict[str, Row], missing: dict[str, Row]) -> Row:
+    """A row group is done as a whole, so rows of it that were finished already are done again."""
+    if item.key in missing:
+        return missing[item.key]
+    other = next(iter(missing.values()))
+    return replace(work.get(item.key, other), key=item.key, size=item.size, etag=item.etag)
+
+
+class _Account:
+    """Rows as they come from the actors: into the ledger in time, onto the terminal in short."""
+
+    def __init__(self, ledger: Ledger, total: int) -> None:
+        self.done: set[str] = set()
+        self._ledger = ledger
+        self._total = total
+        self._failed = 0
+        self._waiting: list[Row] = []
+        self._started = self._flushed = self._shown = time.monotonic()
+
+    def follow(self, dataset: ray.data.Dataset) -> None:
+        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            self.add(manifest.rows_of(table))
+
+    def add(self, rows: list[Row]) -> None:
+        self._waiting += rows
+        self.done.update(row.key for row in rows)
+        self._failed += sum(row.status == "failed" for row in rows)
+        now = time.monotonic()
+        if len(self._waiting) >= FLUSH_ROWS or now - self._flushed > FLUSH_SECONDS:
+            self.flush()
+        if now - self._shown > PROGRESS_SECONDS:
+            self._shown = now
+            rate = len(self.done) / (now - self._started)
+            left = max(0, self._total - len(self.done)) / rate
+            logger.info(
+                "%d of %d done, %d failed, %.1f images/s, about %.0f s left",
+                len(self.done), self._total, self._failed, rate, left,
+            )  # fmt: skip
+
+    def flush(self) -> None:
+        if self._waiting:
+            self._ledger.append(self._waiting)
+        self._waiting = []
+        self._flushed = time.monotonic()
+
+
+def _of_listing(table: pa.Table, objects: list[Object]) -> pa.Table:
+    """The rows of what is in the input now; what has been deleted there keeps its row in the ledger."""
+    return table.filter(pa.compute.is_in(table["key"], pa.array([item.key for item in objects], pa.string())))
+
+
+def _samples(table: pa.Table, input: Storage, output: Storage, groups: list[RowGroup] | None) -> list[report.Sample]:
+    """Some restored photographs, spread over the ledger, before and after."""
+    small = pa.compute.less(table["size"], SAMPLE_BYTES) if groups is None else pa.scalar(True)
+    restored = table.filter(pa.compute.and_(pa.compute.equal(table["status"], "restored"), small))
+    rows = manifest.rows_of(restored.take(list(range(0, len(restored), max(1, len(restored) // SAMPLES)))[:SAMPLES]))
+    samples = []
+    for row in rows:
+        before, after = _read_pair(row, input, output, groups)
+        caption = f"{row.format} {row.width} x {row.height}, mean change {row.change:.1f} of 255"
+        samples.append(report.Sample(row.key, caption, codec.decode(before).pixels, codec.decode(after).pixels))
+    return samples
+
+
+def _read_pair(row: Row, input: Storage, output: Storage, groups: list[RowGroup] | None) -> tuple[bytes, bytes]:
+    assert row.output_key
+    if groups is None:
+        return input.read(row.key), output.read(row.output_key)
+    group = next(group for group in groups if group.output_key == row.output_key)
+    index = [item.key for item in group.objects].index(row.key)
+    pair = []
+    for storage, file, number in ((input, group.file, group.group), (output, group.output_key, 0)):
+        filesystem, root = storage.filesystem()
+        with filesystem.open_input_file(f"{root}/{file}") as handle:
+            table = pq.ParquetFile(handle).read_row_group(number)
+        image = sources.image_bytes(table[sources.image_column(table.schema)])[index]
+        assert image is not None
+        pair.append(image)
+    return pair[0], pair[1]
+
+
+def _record(
+    summary: Summary, model: ModelFolder, options: RestoreOptions, command: list[str], run_id: str
+) -> dict[str, Any]:
+    resolved = {**asdict(options), "retry": sorted(options.retry.classes)}
+    return {
+        "run_id": run_id,
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "options": resolved,
+        "model": {
+            "name": model.name,
+            "sha256": model.sha256,
+            "trained": model.config.get("trained", {}).get("command"),
+        },
+        "versions": {name: version(name) for name in ("restore_core", "ray", "torch", "pillow", "pyarrow")},
+        "listed": summary.listed,
+        "already_done": summary.already_done,
+        "statuses": summary.statuses,
+        "errors": summary.errors,
+        "seconds": round(summary.seconds, 3),
+        "images_per_second": round(summary.images_per_second, 3),
+    }

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from restore_core.config import TrainConfig
 from restore_core.degradations import Damage, Generator, degrade, draw_damage, fixed_damage, seed_of
@@ -122,15 +122,16 @@ class Trainer:
             total += self.step(batch, self.sample_size(step))
             samples += len(batch)
             if step % LOSS_CHECK_STEPS == 0:
-                self._check_loss(total.item(), step)
-        self._check_loss(total.item(), step)
+                self._check_loss(total, step)
+        mean = self._check_loss(total, step) / max(1, step + 1)
+        samples *= _world_size()
         self.epoch += 1
         return {
             "epoch": self.epoch,
             "size": self.config.sizes(self.epoch - 1)[0],
             "steps": self.steps,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "train_loss": total.item() / max(1, step + 1),
+            "train_loss": mean,
             "samples_per_second": samples / max(1e-9, time.perf_counter() - started),
         }
 
@@ -179,12 +180,17 @@ class Trainer:
             for mine, theirs in zip(self.average.buffers(), self.model.buffers(), strict=True):
                 mine.copy_(theirs)
 
-    def _check_loss(self, total: float, step: int) -> None:
-        if not math.isfinite(total):
+    def _check_loss(self, total: Tensor, step: int) -> float:
+        """The mean over the workers, so that all of them stop at the same step."""
+        mean = total.clone()
+        if _world_size() > 1:
+            distributed.all_reduce(mean)
+        if not math.isfinite(mean.item()):
             raise DivergedError(
-                f"the training loss is {total} in epoch {self.epoch + 1} at or before step {step + 1}; "
+                f"the training loss is {mean.item()} in epoch {self.epoch + 1} at or before step {step + 1}; "
                 f"lower --learning-rate (now {self.config.optimizer.learning_rate:g}) and use a new --name"
             )
+        return mean.item() / _world_size()
 
     def _predict(self, model: nn.Module, images: Tensor) -> Prediction:
         x = (images.float() / 255).contiguous(memory_format=torch.channels_last)
@@ -320,6 +326,10 @@ def _sides(batch: Photographs, device: torch.device) -> tuple[Tensor, Tensor]:
         torch.as_tensor(np.array(batch.height)).to(device).float(),
         torch.as_tensor(np.array(batch.width)).to(device).float(),
     )
+
+
+def _world_size() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:

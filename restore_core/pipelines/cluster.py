@@ -1,11 +1,13 @@
 """Finding or starting Ray, and what it has to offer."""
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Literal
 
 import ray
+import ray.data
 
 from restore_core.errors import UsageError
 
@@ -23,8 +25,15 @@ KEEP_MEMORY = {
 Device = Literal["auto", "cpu", "cuda"]
 
 
+def quiet_data() -> None:
+    """The jobs print their own progress; Ray Data's would be a page every few seconds."""
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
 def connect(*, dashboard: bool = False) -> None:
     """Join the cluster that the job was submitted to or that RAY_ADDRESS names, else start a private Ray here."""
+    quiet_data()
     if ray.is_initialized():
         return
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -255,25 +256,19 @@ def build_dataset(
         "max_task_retries": 1,
         "runtime_env": {"env_vars": cluster.KEEP_MEMORY},
     }
+    held = {**robust, "fn_constructor_args": (shared,), "num_cpus": 1}
     dataset = ray.data.from_arrow(units)
     pool = ray.data.ActorPoolStrategy(size=actors)
-    if not separate:
-        return dataset.map_batches(
-            RestoreUnit, fn_constructor_args=(shared, batch_size), compute=pool, num_cpus=1, num_gpus=gpus, **robust
-        )
-    around = ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, cluster.resources()[0] // 2))
-    return (
-        dataset.map_batches(DecodeUnit, fn_constructor_args=(shared,), compute=around, num_cpus=1, **robust)
-        .map_batches(
-            RestoreItems,
-            fn_constructor_args=(shared,),
-            compute=pool,
-            num_cpus=0 if not gpus else 1,
-            num_gpus=gpus,
-            **robust,
-        )
-        .map_batches(WriteItems, fn_constructor_args=(shared,), compute=around, num_cpus=1, **robust)
-    )
+    with warnings.catch_warnings():
+        # max_task_retries has no other way in yet; without it a poisoned unit would be tried for ever.
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", DeprecationWarning)
+        if not separate:
+            held["fn_constructor_args"] = (shared, batch_size)
+            return dataset.map_batches(RestoreUnit, compute=pool, num_gpus=gpus, **held)
+        around = ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, cluster.resources()[0] // 2))
+        dataset = dataset.map_batches(DecodeUnit, compute=around, **held)
+        dataset = dataset.map_batches(RestoreItems, compute=pool, num_gpus=gpus, **held)
+        return dataset.map_batches(WriteItems, compute=around, **held)
 
 
 # --- In the driver -------------------------------------------------------------------------------------------------

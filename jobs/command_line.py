@@ -17,6 +17,7 @@ DONE, TOO_MANY_FAILURES, UNUSABLE = 0, 1, 2
 def run(main: Callable[[Options], int], options: type[Options]) -> int:
     """Parse the command line into `options` and call `main`. Returns the exit code: 0 done, 1 failures, 2 unusable."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # else it tells where it found the credentials
     try:
         return main(tyro.cli(options, description=sys.modules[main.__module__].__doc__))
     except (UsageError, StorageError) as error:

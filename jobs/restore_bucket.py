@@ -16,6 +16,8 @@ from jobs import command_line
 from restore_core.config import require
 from restore_core.errors import UsageError
 
+REPORT_FILE = "_restore/report.html"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RestoreBucket:
@@ -59,6 +61,7 @@ def main(job: RestoreBucket) -> int:
         raise UsageError(f"--output {job.output}: lies inside --input {job.input} or around it; choose another place")
     require_writable(output, "--output")
     model = checkpoint.read(job.model)
+    from restore_core import report
     from restore_core.pipelines.restoration import RestoreOptions, restore
 
     options = RestoreOptions(
@@ -71,12 +74,14 @@ def main(job: RestoreBucket) -> int:
         retry=retry,
     )
     summary = restore(source, output, model, options, sys.argv)
+    page = report.restore_page(summary.rows, summary.record, summary.samples, source.uri, output.uri)
+    output.write(REPORT_FILE, page)
     counts = ", ".join(f"{count} {status}" for status, count in summary.statuses.items())
     print(f"{summary.listed} objects: {counts} ({summary.already_done} by earlier runs)")
     if summary.errors:
         print("failures: " + ", ".join(f"{count} {error}" for error, count in summary.errors.items()))
     print(f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images/s")
-    print(f"report: {summary.report}")
+    print(f"report: {output.join(REPORT_FILE)}")
     return command_line.TOO_MANY_FAILURES if summary.failed_share > job.max_failed_share else command_line.DONE
 
 

@@ -17,6 +17,8 @@ from jobs import command_line
 from restore_core.config import PRESETS, TrainConfig, parse_schedule, require
 from restore_core.errors import DivergedError, UsageError
 
+LOSS_PLOT, SAMPLE_SHEET = "loss.png", "samples.png"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
@@ -69,13 +71,14 @@ def main(job: Train) -> int:
     if overlaps(data, storage):
         raise UsageError(f"--storage {job.storage}: lies inside --data {data.uri}; choose another place")
     require_writable(storage, "--storage")
+    from restore_core import report
     from restore_core.pipelines import training
 
     folder = storage.child(job.name)
     photographs = training.prepare(config, data, folder)
     print(f"{photographs} photographs, {config.epochs} epochs, run folder {folder.uri}", flush=True)
     try:
-        model = training.train(
+        trained = training.train(
             config,
             data,
             folder,
@@ -87,7 +90,9 @@ def main(job: Train) -> int:
     except DivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         return command_line.TOO_MANY_FAILURES
-    print(f"model: {model.uri}")
+    folder.write(LOSS_PLOT, report.loss_plot(trained.history))
+    folder.write(SAMPLE_SHEET, report.sample_sheet(trained.clean, trained.columns))
+    print(f"model: {trained.model.uri}\nlook at: {folder.join(LOSS_PLOT)} and {folder.join(SAMPLE_SHEET)}")
     return command_line.DONE
 
 

@@ -4,21 +4,17 @@ import base64
 import io
 import json
 from collections import Counter
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from restore_core import codec
-
-Pixels = npt.NDArray[np.uint8]
+from restore_core.manifest import Row
 
 
 def loss_plot(history: list[dict[str, float]]) -> bytes:
@@ -77,26 +73,15 @@ def _paste(sheet: Any, images: Tensor, left: int, top: int, gap: int) -> None:
         sheet.paste(Image.fromarray(pixels), (left, top + row * (pixels.shape[0] + gap)))
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One restored photograph of the page."""
-
-    key: str
-    caption: str
-    before: Pixels
-    """uint8 [H, W, 3]"""
-    after: Pixels
-    """uint8 [H, W, 3]"""
-
-
 def restore_page(
-    rows: pa.Table, record: dict[str, Any], samples: list[Sample], input_uri: str, output_uri: str
+    rows: pa.Table, record: dict[str, Any], samples: list[tuple[Row, bytes, bytes]], input_uri: str, output_uri: str
 ) -> bytes:
     """One self-contained HTML page about a restored bucket. Keys and messages are taken as hostile text.
 
     Args:
         rows: the ledger's rows of everything listed.
         record: what run.json holds.
+        samples: rows of restored photographs with their input and output files.
     """
     import jinja2
 
@@ -124,12 +109,12 @@ def restore_page(
         formats=formats.most_common(),
         samples=[
             {
-                "key": sample.key,
-                "caption": sample.caption,
-                "before": _data_uri(codec.thumbnail_jpeg(sample.before, 320), "jpeg"),
-                "after": _data_uri(codec.thumbnail_jpeg(sample.after, 320), "jpeg"),
+                "key": row.key,
+                "caption": f"{row.format} {row.width} x {row.height}, mean change {row.change:.1f} of 255",
+                "before": _thumbnail(before),
+                "after": _thumbnail(after),
             }
-            for sample in samples
+            for row, before, after in samples
         ],
         change_plot=_data_uri(_change_plot(restored["change"].to_pylist()), "png") if len(restored) > 1 else None,
     )
@@ -147,6 +132,10 @@ def _change_plot(changes: list[float]) -> bytes:
     sink = io.BytesIO()
     figure.savefig(sink, format="png", dpi=100)
     return sink.getvalue()
+
+
+def _thumbnail(file: bytes) -> str:
+    return _data_uri(codec.thumbnail_jpeg(codec.decode(file).pixels, 320), "jpeg")
 
 
 def _data_uri(data: bytes, kind: str) -> str:

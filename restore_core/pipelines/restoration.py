@@ -9,7 +9,6 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -22,30 +21,35 @@ import ray
 import ray.data
 import torch
 
-from restore_core import codec, manifest, report, sources
+from restore_core import manifest, sources
 from restore_core.checkpoint import ModelFolder
 from restore_core.errors import UsageError
 from restore_core.inference import Restorer
 from restore_core.manifest import Ledger, Retry, Row
 from restore_core.pipelines import cluster, stages
+from restore_core.pipelines.listing import (
+    RowGroup,
+    is_parquet,
+    list_input,
+    list_row_groups,
+    object_units,
+    row_group_unit,
+)
 from restore_core.pipelines.stages import RestoreRun
 from restore_core.storage import Object, Storage
 
 logger = logging.getLogger(__name__)
 
-BLOCK_BYTES = 16 * 2**20
-"""Encoded bytes that go to an actor at once: about 300 MB of pixels for JPEG."""
 FLUSH_ROWS, FLUSH_SECONDS = 2000, 10.0
 """The ledger is written down after so many rows or seconds: what a killed driver has to do again."""
 PROGRESS_SECONDS = 5.0
 IO_THREADS = 8
 """Objects fetched, decoded, encoded and written at once in each actor."""
 RUN_FILE = f"{manifest.FOLDER}/run.json"
-REPORT_FILE = f"{manifest.FOLDER}/report.html"
 SAMPLES, SAMPLE_BYTES = 12, 8 * 2**20
 """Of the report: how many photographs it shows, and how large a file may be for it."""
 NO_RETRY = Retry()
-RESULT_OPTIONS = ("strip_metadata", "max_pixels")
+RESULT_OPTIONS = ("strip_metadata",)
 """Options that decide what a restored file looks like; with another value it is done again."""
 
 
@@ -69,7 +73,12 @@ class Summary:
     """Rows by status, over everything listed."""
     errors: dict[str, int]
     seconds: float
-    report: str
+    rows: pa.Table
+    """The ledger's rows of everything listed."""
+    record: dict[str, Any]
+    """What run.json holds."""
+    samples: list[tuple[Row, bytes, bytes]]
+    """Some restored photographs: row, input file, output file."""
 
     @property
     def failed_share(self) -> float:
@@ -78,107 +87,6 @@ class Summary:
     @property
     def images_per_second(self) -> float:
         return (self.listed - self.already_done) / max(1e-9, self.seconds)
-
-
-# --- What there is to do -------------------------------------------------------------------------------------------
-
-
-def is_parquet(objects: list[Object]) -> bool:
-    """The input is taken as Parquet when every file in it is."""
-    return all(item.key.endswith(".parquet") for item in objects)
-
-
-def list_input(storage: Storage) -> list[Object]:
-    """Every object but those of an earlier restore's own folder. Raises UsageError when there are none."""
-    own = f"{manifest.FOLDER}/"
-    objects = [item for item in storage.list() if not item.key.startswith(own)]
-    if not objects:
-        raise UsageError(f"--input {storage.uri}: no files there; check the path or prefix")
-    return objects
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """One row group of an input Parquet file: its rows stand in the ledger like objects."""
-
-    file: str
-    group: int
-    objects: list[Object]
-    output_key: str
-
-
-def list_row_groups(storage: Storage, files: list[Object]) -> list[RowGroup]:
-    """The rows of all Parquet files. A row's key is its column `key`, else FILE#ROW. Raises UsageError."""
-    filesystem, root = storage.filesystem()
-    groups = []
-    seen: set[str] = set()
-    for item in files:
-        try:
-            with filesystem.open_input_file(f"{root}/{item.key}") as handle:
-                file = pq.ParquetFile(handle)
-                sources.image_column(file.schema_arrow)
-                keyed = "key" in file.schema_arrow.names
-                first = 0
-                for group in range(file.num_row_groups):
-                    count = file.metadata.row_group(group).num_rows
-                    if keyed:
-                        keys = [str(key) for key in file.read_row_group(group, columns=["key"])["key"].to_pylist()]
-                    else:
-                        keys = [f"{item.key}#{first + row}" for row in range(count)]
-                    first += count
-                    for key in keys:
-                        if key in seen:
-                            raise UsageError(
-                                f"--input {storage.join(item.key)}: key {key!r} occurs twice; make keys unique"
-                            )
-                        seen.add(key)
-                    suffix = "" if file.num_row_groups == 1 else f"-{group:05d}"
-                    groups.append(
-                        RowGroup(
-                            file=item.key,
-                            group=group,
-                            objects=[Object(key, item.size, item.etag) for key in keys],
-                            output_key=item.key.removesuffix(".parquet") + suffix + ".parquet",
-                        )
-                    )
-        except pa.ArrowInvalid as error:
-            raise UsageError(f"--input {storage.join(item.key)}: not a readable Parquet file ({error})") from error
-        except UsageError as error:
-            if str(error).startswith("--input"):
-                raise
-            raise UsageError(f"--input {storage.join(item.key)}: {error}") from error
-    return groups
-
-
-UNIT_SCHEMA = pa.schema(
-    [*manifest.SCHEMA, pa.field("file", pa.string()), pa.field("group", pa.int32()), pa.field("target", pa.string())]
-)
-"""A block of the dataset: rows that are done together. For Parquet: their file, row group and output key."""
-
-
-def object_units(rows: Iterable[Row], batch_size: int) -> Iterator[pa.Table]:
-    """Units of at most `batch_size` objects and `BLOCK_BYTES` encoded bytes."""
-    unit: list[Row] = []
-    for row in rows:
-        if unit and (len(unit) == batch_size or sum(r.size for r in unit) + row.size > BLOCK_BYTES):
-            yield _unit(unit)
-            unit = []
-        unit.append(row)
-    if unit:
-        yield _unit(unit)
-
-
-def row_group_unit(rows: list[Row], group: RowGroup) -> pa.Table:
-    return _unit(rows, group)
-
-
-def _unit(rows: list[Row], group: RowGroup | None = None) -> pa.Table:
-    place = (group.file, group.group, group.output_key) if group else (None, None, None)
-    table = manifest.table_of(rows)
-    for name, value in zip(("file", "group", "target"), place, strict=True):
-        field = UNIT_SCHEMA.field(name)
-        table = table.append_column(field, pa.array([value] * len(rows), type=field.type))
-    return table
 
 
 # --- In the actors -------------------------------------------------------------------------------------------------
@@ -304,20 +212,33 @@ def restore(
         _run(work, groups, input, output, model, options, ledger)
     table = _of_listing(ledger.merge(), objects)
     seconds = time.perf_counter() - started
-    summary = Summary(
+    assert len(table) == len(objects), "the ledger does not close: a bug"
+    statuses, errors = manifest.counts(table, "status"), manifest.counts(table, "error")
+    record = {
+        "run_id": run_id,
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "options": {**asdict(options), "retry": sorted(options.retry.classes)},
+        "model": {"name": model.name, "sha256": model.sha256},
+        "versions": {name: version(name) for name in ("restore_core", "ray", "torch", "pillow", "pyarrow")},
+        "listed": len(objects),
+        "already_done": len(objects) - len(work),
+        "statuses": statuses,
+        "errors": errors,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(len(work) / max(1e-9, seconds), 3),
+    }
+    output.write(RUN_FILE, json.dumps(record, indent=2).encode())
+    return Summary(
         listed=len(objects),
         already_done=len(objects) - len(work),
-        statuses=manifest.counts(table, "status"),
-        errors=manifest.counts(table, "error"),
+        statuses=statuses,
+        errors=errors,
         seconds=seconds,
-        report=output.join(REPORT_FILE),
+        rows=table,
+        record=record,
+        samples=_samples(table, input, output, groups),
     )
-    assert len(table) == len(objects), "the ledger does not close: a bug"
-    record = _record(summary, model, options, command, run_id)
-    output.write(RUN_FILE, json.dumps(record, indent=2).encode())
-    samples = _samples(table, input, output, groups)
-    output.write(REPORT_FILE, report.restore_page(table, record, samples, input.uri, output.uri))
-    return summary
 
 
 def _run(
@@ -437,17 +358,14 @@ def _of_listing(table: pa.Table, objects: list[Object]) -> pa.Table:
     return table.filter(pa.compute.is_in(table["key"], pa.array([item.key for item in objects], pa.string())))
 
 
-def _samples(table: pa.Table, input: Storage, output: Storage, groups: list[RowGroup] | None) -> list[report.Sample]:
+def _samples(
+    table: pa.Table, input: Storage, output: Storage, groups: list[RowGroup] | None
+) -> list[tuple[Row, bytes, bytes]]:
     """Some restored photographs, spread over the ledger, before and after."""
     small = pa.compute.less(table["size"], SAMPLE_BYTES) if groups is None else pa.scalar(True)
     restored = table.filter(pa.compute.and_(pa.compute.equal(table["status"], "restored"), small))
     rows = manifest.rows_of(restored.take(list(range(0, len(restored), max(1, len(restored) // SAMPLES)))[:SAMPLES]))
-    samples = []
-    for row in rows:
-        before, after = _read_pair(row, input, output, groups)
-        caption = f"{row.format} {row.width} x {row.height}, mean change {row.change:.1f} of 255"
-        samples.append(report.Sample(row.key, caption, codec.decode(before).pixels, codec.decode(after).pixels))
-    return samples
+    return [(row, *_read_pair(row, input, output, groups)) for row in rows]
 
 
 def _read_pair(row: Row, input: Storage, output: Storage, groups: list[RowGroup] | None) -> tuple[bytes, bytes]:
@@ -465,27 +383,3 @@ def _read_pair(row: Row, input: Storage, output: Storage, groups: list[RowGroup]
         assert image is not None
         pair.append(image)
     return pair[0], pair[1]
-
-
-def _record(
-    summary: Summary, model: ModelFolder, options: RestoreOptions, command: list[str], run_id: str
-) -> dict[str, Any]:
-    resolved = {**asdict(options), "retry": sorted(options.retry.classes)}
-    return {
-        "run_id": run_id,
-        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "options": resolved,
-        "model": {
-            "name": model.name,
-            "sha256": model.sha256,
-            "trained": model.config.get("trained", {}).get("command"),
-        },
-        "versions": {name: version(name) for name in ("restore_core", "ray", "torch", "pillow", "pyarrow")},
-        "listed": summary.listed,
-        "already_done": summary.already_done,
-        "statuses": summary.statuses,
-        "errors": summary.errors,
-        "seconds": round(summary.seconds, 3),
-        "images_per_second": round(summary.images_per_second, 3),
-    }

@@ -20,8 +20,9 @@ import ray.data
 import ray.train
 import ray.train.torch
 import torch
+from torch import Tensor
 
-from restore_core import checkpoint, report, sources
+from restore_core import checkpoint, sources
 from restore_core.config import TrainConfig, to_dict
 from restore_core.degradations import seed_of
 from restore_core.errors import DivergedError, UsageError
@@ -32,8 +33,6 @@ from restore_core.trainer import VALIDATION, Photographs, Trainer, central_crops
 
 OPTIONS_FILE = "options.json"
 METRICS_FILE = "metrics.csv"
-LOSS_PLOT = "loss.png"
-SAMPLE_SHEET = "samples.png"
 SAMPLES = 6
 SHUFFLE_BATCHES = 8
 
@@ -48,6 +47,20 @@ class TrainRun:
     workers: int
     threads: int
     photographs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A finished run, and what there is to look at."""
+
+    model: Storage
+    """The model folder."""
+    history: list[dict[str, float]]
+    """One row per epoch."""
+    clean: Tensor
+    """Some validation samples, uint8 [B, 3, S, S]."""
+    columns: list[tuple[str, Tensor, Tensor]]
+    """For each fixed damage: name, damaged and restored samples, uint8 [B, 3, S, S]."""
 
 
 def prepare(config: TrainConfig, data: Storage, folder: Storage) -> int:
@@ -83,8 +96,8 @@ def train(
     name: str,
     workers: int | None,
     device: cluster.Device,
-) -> Storage:
-    """Train to the end of the schedule, or go on where a run of the same folder stopped. Returns the model folder.
+) -> Trained:
+    """Train to the end of the schedule, or go on where a run of the same folder stopped.
 
     Raises DivergedError when the loss stops being finite, UsageError when the cluster is too small.
     """
@@ -227,8 +240,8 @@ def _in_order() -> ray.data.ExecutionOptions:
     return options
 
 
-def _finish(run: TrainRun, state: Path, cuda: bool) -> Storage:
-    """From the last checkpoint: model folder with its card, metrics, loss plot, sample sheet."""
+def _finish(run: TrainRun, state: Path, cuda: bool) -> Trained:
+    """From the last checkpoint: model folder with its card, metrics, and samples to look at."""
     config, output = run.config, run.folder
     trainer = Trainer(config, steps_per_epoch=1)
     trainer.load_state(state)
@@ -259,7 +272,6 @@ def _finish(run: TrainRun, state: Path, cuda: bool) -> Storage:
         for file in sorted(Path(folder).iterdir()):
             model.write(file.name, file.read_bytes())
     output.write(METRICS_FILE, _metrics_csv(history))
-    output.write(LOSS_PLOT, report.loss_plot(history))
     held_out = _held_out(run)
     spread = slice(0, len(held_out), max(1, len(held_out) // SAMPLES))
     chosen = held_out[spread]
@@ -268,8 +280,7 @@ def _finish(run: TrainRun, state: Path, cuda: bool) -> Storage:
     for name in VALIDATION:
         damaged, _ = trainer.validation_damage(name, clean, chosen.keys)
         columns.append((name, damaged, trainer.restore(damaged)))
-    output.write(SAMPLE_SHEET, report.sample_sheet(clean, columns))
-    return model
+    return Trained(model=model, history=history, clean=clean, columns=columns)
 
 
 def _metrics_csv(history: list[dict[str, float]]) -> bytes:

@@ -12,7 +12,6 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any
 
 import pyarrow as pa
@@ -21,7 +20,7 @@ import ray
 import ray.data
 import torch
 
-from restore_core import manifest, sources
+from restore_core import manifest, provenance, sources
 from restore_core.checkpoint import ModelFolder
 from restore_core.errors import UsageError
 from restore_core.inference import Restorer
@@ -95,8 +94,8 @@ class Summary:
 class Stage:
     """What all actors have: the run, and threads for reading, coding and writing."""
 
-    def __init__(self, run: "ray.ObjectRef[RestoreRun]") -> None:
-        self.run: RestoreRun = ray.get(run)
+    def __init__(self, run: "list[ray.ObjectRef[RestoreRun]]") -> None:
+        self.run: RestoreRun = ray.get(run[0])
         torch.set_num_threads(self.run.threads)
         self.pool = ThreadPoolExecutor(IO_THREADS)
 
@@ -104,7 +103,7 @@ class Stage:
 class RestoreUnit(Stage):
     """Everything for a unit, in one process that holds the model. unit -> ledger rows"""
 
-    def __init__(self, run: "ray.ObjectRef[RestoreRun]", batch_size: int) -> None:
+    def __init__(self, run: "list[ray.ObjectRef[RestoreRun]]", batch_size: int) -> None:
         super().__init__(run)
         self.batch_size = batch_size
         self.restorer = Restorer(self.run.model, self.run.device)
@@ -131,7 +130,7 @@ class DecodeUnit(Stage):
 class RestoreItems(Stage):
     """items with pixels -> items with restored pixels"""
 
-    def __init__(self, run: "ray.ObjectRef[RestoreRun]") -> None:
+    def __init__(self, run: "list[ray.ObjectRef[RestoreRun]]") -> None:
         super().__init__(run)
         self.restorer = Restorer(self.run.model, self.run.device)
 
@@ -154,7 +153,7 @@ def build_dataset(
     units: list[pa.Table], run: RestoreRun, *, actors: int, batch_size: int, separate: bool, gpus: float
 ) -> ray.data.Dataset:
     """The graph: one fused stage, or decode -> restore -> write in processes of their own (`separate`)."""
-    shared = ray.put(run)
+    shared = [ray.put(run)]  # in a list, since Ray would resolve a bare reference itself, once for each actor
     # A crashed actor is started again and its unit tried once more; a unit that fails twice is left out, and found
     # missing in the ledger afterwards. (Finite max_restarts with max_errored_blocks=-1 hangs: ray#62746.)
     robust: dict[str, Any] = {
@@ -220,7 +219,7 @@ def restore(
         "command": command,
         "options": {**asdict(options), "retry": sorted(options.retry.classes)},
         "model": {"name": model.name, "sha256": model.sha256},
-        "versions": {name: version(name) for name in ("restore_core", "ray", "torch", "pillow", "pyarrow")},
+        "versions": provenance.versions(),
         "listed": len(objects),
         "already_done": len(objects) - len(work),
         "statuses": statuses,

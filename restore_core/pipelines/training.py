@@ -3,9 +3,6 @@
 import csv
 import io
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +19,7 @@ import ray.train.torch
 import torch
 from torch import Tensor
 
-from restore_core import checkpoint, sources
+from restore_core import checkpoint, provenance, sources
 from restore_core.config import TrainConfig, to_dict
 from restore_core.degradations import seed_of
 from restore_core.errors import DivergedError, UsageError
@@ -250,8 +247,10 @@ def _finish(run: TrainRun, state: Path, cuda: bool) -> Trained:
     card = {
         "trained": {
             "command": " ".join(["python", *sys.argv]),
-            "commit": _commit(),
+            "commit": provenance.commit(),
+            "date": provenance.today(),
             "hardware": _hardware(cuda),
+            "versions": provenance.versions(),
             "workers": run.workers,
             "minutes": round(sum(row["seconds"] for row in history) / 60, 1),
             "photographs": run.photographs,
@@ -291,24 +290,11 @@ def _metrics_csv(history: list[dict[str, float]]) -> bytes:
     return text.getvalue().encode()
 
 
-def _commit() -> str:
-    if commit := os.environ.get("RESTORE_COMMIT"):
-        return commit
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],  # noqa: S607
-            cwd=cluster.ROOT, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown (not run from a git checkout)"
-    return done.stdout.strip()
-
-
 def _hardware(cuda: bool) -> str:
     prefix = "accelerator_type:"
     cards = [name.removeprefix(prefix) for name in ray.cluster_resources() if name.startswith(prefix)]
     cpus, gpus = cluster.resources()
-    return f"{gpus} x {' / '.join(cards)}" if cuda else f"{cpus} CPU cores ({platform.machine()})"
+    return f"{gpus} x {' / '.join(cards)}" if cuda else f"{cpus} CPUs in the cluster; driver on {provenance.cpu()}"
 
 
 def _first_difference(older: object, newer: object, name: str) -> str:

@@ -28,7 +28,7 @@ DAMAGES: dict[str, dict[str, float]] = {
     "all": {"sigma_255": 25, "flips": 0.1, "area": 0.1, "gray": True},
     "undamaged": {},
 }
-FACES = {"astronaut": (150, 30, 310, 190), "chelsea": (110, 20, 310, 220)}
+FACES = {"astronaut": (135, 5, 315, 185), "chelsea": (60, 10, 350, 300)}
 """Square boxes around the faces: left, top, right, bottom, pixels."""
 FACE_SIZES = (48, 64, 128)
 WHOLE = ("astronaut", "chelsea", "coffee", "rocket")

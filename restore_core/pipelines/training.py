@@ -70,17 +70,15 @@ def prepare(config: TrainConfig, data: Storage, folder: Storage) -> int:
         )
     if not sources.count_split(data, "--data", sources.VALIDATION):
         raise UsageError(f"--data {data.uri}: no photographs in split 'val'; pack again with a larger --val-share")
-    options = {"config": to_dict(config), "data": data.uri}
+    options = _options(config, data)
     if folder.exists(OPTIONS_FILE):
         older = json.loads(folder.read(OPTIONS_FILE))
-        for name in ("config", "data"):
-            if older.get(name) != options[name]:
+        for name, value in options.items():
+            if older.get(name) != value:
                 raise UsageError(
                     f"--name {folder.uri.rsplit('/', 1)[-1]}: a run of that name exists with other options "
-                    f"({_first_difference(older.get(name), options[name], name)}); choose another --name"
+                    f"({_first_difference(older.get(name), value, name)}); choose another --name"
                 )
-    else:
-        folder.write(OPTIONS_FILE, json.dumps(options, indent=2).encode())
     return photographs
 
 
@@ -110,6 +108,7 @@ def train(
         raise UsageError(f"--batch-size {config.batch_size}: not a multiple of the {count} workers; choose a multiple")
     threads = max(1, cluster.cpus_per_node() // min(count, cluster.cpus_per_node()))
     run = TrainRun(config=config, data=data, folder=folder, workers=count, threads=threads, photographs=photographs)
+    folder.write(OPTIONS_FILE, json.dumps(_options(config, data), indent=2).encode())
     filesystem, path = folder.filesystem()
     result = ray.train.torch.TorchTrainer(
         _worker,
@@ -128,10 +127,10 @@ def train(
         datasets={"train": _dataset(run)},
         dataset_config=ray.train.DataConfig(execution_options=_in_order()),
     ).fit()
-    if result.metrics and result.metrics.get("diverged"):
-        raise DivergedError(result.metrics["diverged"])
     if result.error:
         raise result.error
+    if result.return_value is not None:
+        raise DivergedError(result.return_value)
     with result.checkpoint.as_directory() as state:
         return _finish(run, Path(state), cuda)
 
@@ -139,7 +138,8 @@ def train(
 # --- In the workers ------------------------------------------------------------------------------------------------
 
 
-def _worker(loop_config: dict[str, Any]) -> None:
+def _worker(loop_config: dict[str, Any]) -> str | None:
+    """Train to the end of the schedule. Returns why that was not possible, else None."""
     run: TrainRun = loop_config["run"]
     config = run.config
     torch.set_num_threads(run.threads)
@@ -164,9 +164,9 @@ def _worker(loop_config: dict[str, Any]) -> None:
                 _batches(shard, share, seed_of(config.seed, "order", trainer.epoch), config.canvas)
             )
         except DivergedError as error:
-            # Returned, not raised: Ray Train would start the same failure again and again.
-            ray.train.report({"diverged": str(error)})
-            return
+            # Returned, not raised: Ray Train would start the same failure again and again. (Of what is reported, the
+            # result keeps only what came with a checkpoint.)
+            return str(error)
         with tempfile.TemporaryDirectory() as folder:
             state = None
             if held_out is not None:
@@ -178,6 +178,7 @@ def _worker(loop_config: dict[str, Any]) -> None:
                 run.folder.write(METRICS_FILE, _metrics_csv(trainer.history))
                 print(_progress(row, config, trainer.history), flush=True)
             ray.train.report(row, checkpoint=state, checkpoint_dir_name=f"epoch_{trainer.epoch:04d}")
+    return None
 
 
 def _batches(shard: Any, size: int, seed: int, canvas: int) -> Iterator[Photographs]:
@@ -295,6 +296,10 @@ def _hardware(cuda: bool) -> str:
     cards = [name.removeprefix(prefix) for name in ray.cluster_resources() if name.startswith(prefix)]
     cpus, gpus = cluster.resources()
     return f"{gpus} x {' / '.join(cards)}" if cuda else f"{cpus} CPUs in the cluster; driver on {provenance.cpu()}"
+
+
+def _options(config: TrainConfig, data: Storage) -> dict[str, Any]:
+    return {"config": to_dict(config), "data": data.uri}
 
 
 def _first_difference(older: object, newer: object, name: str) -> str:

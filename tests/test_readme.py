@@ -1,0 +1,76 @@
+"""The README's commands, run as they stand there, with small folders in place of the user's and a small preset."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import tyro
+from photos import people, write_tree
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def commands() -> list[list[str]]:
+    """What stands in the README's ```sh blocks, one command a line."""
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL))
+    return [shlex.split(line) for line in blocks.splitlines() if line]
+
+
+def job_commands() -> list[list[str]]:
+    return [command for command in commands() if command[0] == "python"]
+
+
+def parse(command: list[str]) -> tuple[Any, Any]:
+    """The job's module and its options, as the job itself parses them."""
+    module = importlib.import_module("jobs." + Path(command[1]).stem)
+    options = getattr(module, "".join(part.title() for part in Path(command[1]).stem.split("_")))
+    return module, tyro.cli(options, args=command[2:])
+
+
+def test_submitted_jobs_are_jobs() -> None:
+    submitted = [command for command in commands() if command[:3] == ["ray", "job", "submit"]]
+    assert submitted
+    for command in submitted:
+        parse(command[command.index("--") + 1 :])
+
+
+def test_only_known_commands() -> None:
+    # `ray up` needs an AWS account; tests/test_cluster_yaml.py holds its file against Ray's schema.
+    for command in commands():
+        assert command[0] == "python" or command[:2] in (["ray", "up"], ["ray", "job"]), command
+
+
+@pytest.mark.ray
+def test_local_commands_in_their_order(
+    local_ray: None, s3: str, moto_client: "S3Client", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photographs = people(24)
+    write_tree(tmp_path / "photos", photographs)
+    write_tree(tmp_path / "damaged", dict(list(photographs.items())[:4]))
+    for key, data in list(photographs.items())[:4]:
+        moto_client.put_object(Bucket="photos", Key=f"raw/{key}", Body=data)
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for command in job_commands():
+        extra = {"train": ["--preset", "smoke"], "evaluate": ["--images", "2", "--sizes", "16"]}
+        module, job = parse([*command, *extra.get(Path(command[1]).stem, [])])
+        assert module.main(job) == 0, command
+        ran.append(Path(command[1]).stem)
+    assert set(ran) == {"restore_bucket", "pack_dataset", "train", "evaluate"}
+    assert moto_client.list_objects_v2(Bucket="photos", Prefix="restored/lfw_funneled/")["KeyCount"] == 4
+    for name in ("metrics.csv", "loss.png", "samples.png", "model/model.safetensors", "quality/quality.md"):
+        assert (tmp_path / "runs/mine" / name).stat().st_size > 0
+
+
+def test_files_named_in_the_tree_exist() -> None:
+    tree = README.split("## What is in the repository")[1].split("## ")[0]
+    for line in tree.splitlines():
+        if line.startswith("    "):
+            assert (ROOT / line.split()[0]).exists(), line

@@ -7,8 +7,8 @@ import contextlib
 import io
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 from PIL.TiffImagePlugin import TiffImageFile
 
+from restore_core import exif
 from restore_core.errors import ErrorClass, ItemError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000")  # Pillow opens MPO as JPEG
@@ -50,6 +51,8 @@ class Picture:
     """uint8 [H, W], None without an alpha channel."""
     gray: bool
     """The file has no colour channels."""
+    orientation: int | None = None
+    """The EXIF orientation as stored, 1 to 8; None where the file says nothing valid."""
 
 
 def probe(data: bytes) -> tuple[str, str, int, int]:
@@ -75,10 +78,10 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Picture:
         if _is_cut_off(data):  # the reason may be no more than a missing end, such as half of a BMP's grey palette
             raise _cut_off(data)
         raise ItemError("unsupported", reason)
-    orientation = image.tag_v2.get(_ORIENTATION) if isinstance(image, TiffImageFile) else None
+    turned = image.tag_v2.get(exif.ORIENTATION) if isinstance(image, TiffImageFile) else None
     with _decoding(data):
         image.load()
-        undo = _UNDO_TRANSPOSE.get(orientation or 1)
+        undo = _UNDO_TRANSPOSE.get(turned or 1)
         stored: Image.Image = image if undo is None else image.transpose(undo)
         bands = np.array(stored)  # a copy: views of Pillow's memory are read-only
     if bands.ndim == 2:
@@ -92,6 +95,7 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Picture:
         height=height,
         alpha=np.ascontiguousarray(bands[:, :, -1]) if has_alpha else None,
         gray=gray,
+        orientation=turned or _orientation(image),
     )
 
 
@@ -209,7 +213,7 @@ def _is_cut_off(data: bytes) -> bool:
         return int.from_bytes(data[4:8], "little") + 8 > len(data)
     if data.startswith((b"II*\0", b"MM\0*")):
         try:
-            ifd, _ = _read_ifd(data, _first_ifd(data))
+            ifd, _ = exif.read_ifd(data, exif.first_ifd(data))
         except (struct.error, ValueError):
             return True
         places = {entry.tag: entry.integers(data) for entry in ifd if entry.tag in (273, 279, 324, 325)}
@@ -268,8 +272,16 @@ def _as_tuple(value: object) -> tuple[object, ...]:
 def _stored_size(image: ImageFile.ImageFile) -> tuple[int, int]:
     """Pillow turns TIFF, and only TIFF, upright while it loads, and already reports that size."""
     width, height = image.size
-    turned = isinstance(image, TiffImageFile) and image.tag_v2.get(_ORIENTATION) in (5, 6, 7, 8)
+    turned = isinstance(image, TiffImageFile) and image.tag_v2.get(exif.ORIENTATION) in (5, 6, 7, 8)
     return (height, width) if turned else (width, height)
+
+
+def _orientation(image: ImageFile.ImageFile) -> int | None:
+    try:
+        value = image.getexif().get(exif.ORIENTATION)
+    except _BROKEN_FILE:  # a damaged EXIF block does not make the pixels worse
+        return None
+    return value if value in range(1, 9) else None
 
 
 _UNDO_TRANSPOSE = {
@@ -287,9 +299,9 @@ def _encode_jpeg(image: Image.Image, original: JpegImageFile, software: str, str
     tables = [original.quantization[layer[3]] for layer in original.layer]  # one for each component
     sampling = get_sampling(original)
     options: dict[str, object] = {"xmp": info.get("xmp"), "comment": info.get("comment"), "extra": _segments(original)}
-    exif = _exif(_bare(info.get("exif")), software, strip)
-    if len(exif) > 65_527:  # it fitted before the note was added; JPEG segments end at 64 KiB
-        exif = _bare(info.get("exif"))
+    block = exif.annotated(exif.bare(info.get("exif")), software, strip)
+    if len(block) > 65_527:  # it fitted before the note was added; JPEG segments end at 64 KiB
+        block = exif.bare(info.get("exif"))
     return _saved(
         image,
         "JPEG",
@@ -299,7 +311,7 @@ def _encode_jpeg(image: Image.Image, original: JpegImageFile, software: str, str
         progressive=bool(info.get("progressive")),
         dpi=info["dpi"] if info.get("jfif_unit") in (1, 2) else (0, 0),
         icc_profile=info.get("icc_profile"),
-        exif=b"Exif\0\0" + exif if exif else b"",
+        exif=b"Exif\0\0" + block if block else b"",
         **({} if strip else options),
     )
 
@@ -328,7 +340,7 @@ def _encode_webp(image: Image.Image, original: ImageFile.ImageFile, source: byte
         exact=True,  # else the colours under transparent pixels are lost
         alpha_quality=100,
         icc_profile=info.get("icc_profile"),
-        exif=_exif(_bare(info.get("exif")), software, strip),
+        exif=exif.annotated(exif.bare(info.get("exif")), software, strip),
         xmp=b"" if strip else info.get("xmp", b""),
         **options,
     )
@@ -354,11 +366,11 @@ def _encode_png(image: Image.Image, original: ImageFile.ImageFile, source: bytes
     block = next((body for kind, body in old if kind == b"eXIf"), b"")
     if not block and (text := original.info.get("Raw profile type exif")):  # where older ImageMagick put it
         block = bytes.fromhex("".join(text.split("\n")[3:]))
-    exif = _exif(_bare(block), software, strip)
+    block = exif.annotated(exif.bare(block), software, strip)
     chunks = [
         new[0],
         *kept[:before],
-        *([(b"eXIf", exif)] if exif else []),
+        *([(b"eXIf", block)] if block else []),
         *(chunk for chunk in new if chunk[0] == b"IDAT"),
         *kept[before:],
         (b"IEND", b""),
@@ -397,129 +409,14 @@ def _encode_tiff(image: Image.Image, original: TiffImageFile, source: bytes, sof
             tiffinfo={317: 2} if original.tag_v2.get(317) == 2 else {},
         )
     )
-    layout, _ = _read_ifd(tiff, _first_ifd(tiff))
+    layout, _ = exif.read_ifd(tiff, exif.first_ifd(tiff))
     entries = {entry.tag: entry for entry in layout}
-    for entry in _read_ifd(source, _first_ifd(source))[0]:
-        if strip and entry.tag not in (*_TIFF_RESOLUTION, _ORIENTATION):
+    for entry in exif.read_ifd(source, exif.first_ifd(source))[0]:
+        if strip and entry.tag not in (*_TIFF_RESOLUTION, exif.ORIENTATION):
             continue
         if entry.tag not in _TIFF_LAYOUT:
-            entries[entry.tag] = _moved(entry, source, tiff)
+            entries[entry.tag] = exif.moved(entry, source, tiff)
     if not strip:
-        entries[_SOFTWARE] = _text_entry(_SOFTWARE, software)
-    _write_first_ifd(tiff, entries.values(), 0)
+        entries[exif.SOFTWARE] = exif.text_entry(exif.SOFTWARE, software)
+    exif.write_first_ifd(tiff, entries.values(), 0)
     return bytes(tiff)
-
-
-# --- EXIF, which is a TIFF without a picture -------------------------------------------------------------------------
-
-_ORIENTATION, _SOFTWARE = 274, 305
-_SUB_IFDS = (34665, 34853, 40965)  # Exif, GPS, Interoperability
-_ITEM_SIZE = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
-_WORD_SIZE = _ITEM_SIZE | {5: 4, 10: 4}  # rationals are pairs of 32-bit numbers
-_NO_EXIF = b"II*\0\x08\0\0\0" + bytes(6)
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One directory entry; `value` holds its bytes in the file's byte order."""
-
-    tag: int
-    type: int
-    count: int
-    value: bytes
-
-    def integers(self, tiff: bytes | bytearray) -> list[int]:
-        size, order = _WORD_SIZE.get(self.type, 1), "<" if tiff[:2] == b"II" else ">"
-        return [int(value) for value in np.frombuffer(self.value, f"{order}u{size}")]
-
-
-def _exif(exif: bytes, software: str, strip: bool) -> bytes:
-    """Return the EXIF block (b"" for none) with its Software set, or stripped to an orientation that matters.
-
-    The block is appended to, not rewritten, so that offsets inside maker notes and the thumbnail stay true. A damaged
-    block is returned as it was.
-    """
-    tiff = bytearray(exif or _NO_EXIF)
-    try:
-        entries, following = _read_ifd(tiff, _first_ifd(tiff))
-        turned = [entry for entry in entries if entry.tag == _ORIENTATION and entry.type == 3 and entry.count == 1]
-    except (struct.error, ValueError):
-        return b"" if strip else exif
-    if strip:
-        order = tiff[:2]
-        tiff = bytearray(_NO_EXIF if order == b"II" else b"MM\0*\0\0\0\x08" + bytes(6))
-        if not turned or turned[0].integers(tiff) == [1]:
-            return b""
-        _write_first_ifd(tiff, turned, 0)
-    else:
-        kept = [entry for entry in entries if entry.tag != _SOFTWARE]
-        _write_first_ifd(tiff, [*kept, _text_entry(_SOFTWARE, software)], following)
-    return bytes(tiff)
-
-
-def _bare(exif: object) -> bytes:
-    return exif.removeprefix(b"Exif\0\0") if isinstance(exif, bytes) else b""
-
-
-def _text_entry(tag: int, text: str) -> _Entry:
-    value = text.encode("ascii", "replace") + b"\0"
-    return _Entry(tag, 2, len(value), value)
-
-
-def _order(tiff: bytes | bytearray) -> str:
-    if tiff[:2] not in (b"II", b"MM"):
-        raise ValueError("no TIFF structure")
-    return "<" if tiff[:2] == b"II" else ">"
-
-
-def _first_ifd(tiff: bytes | bytearray) -> int:
-    return int(struct.unpack_from(_order(tiff) + "I", tiff, 4)[0])
-
-
-def _read_ifd(tiff: bytes | bytearray, at: int) -> tuple[list[_Entry], int]:
-    """Return the entries of the directory at an offset, and the next one's offset. Raises ValueError, struct.error."""
-    order = _order(tiff)
-    (count,) = struct.unpack_from(order + "H", tiff, at)
-    entries = []
-    for index in range(count):
-        place = at + 2 + 12 * index
-        tag, kind, items = struct.unpack_from(order + "HHI", tiff, place)
-        size = _ITEM_SIZE[kind] * items if kind in _ITEM_SIZE else 4  # of unknown types only the place is known
-        start = place + 8 if size <= 4 else struct.unpack_from(order + "I", tiff, place + 8)[0]
-        if start + size > len(tiff):
-            raise ValueError(f"tag {tag} lies outside of the file")
-        entries.append(_Entry(tag, kind, items, bytes(tiff[start : start + size])))
-    return entries, int(struct.unpack_from(order + "I", tiff, at + 2 + 12 * count)[0])
-
-
-def _moved(entry: _Entry, source: bytes, tiff: bytearray, depth: int = 2) -> _Entry:
-    """Return a source's entry for use in `tiff`: in its byte order, sub-directories appended to it."""
-    if entry.tag in _SUB_IFDS and depth:
-        entries, _ = _read_ifd(source, entry.integers(source)[0])
-        at = _append_ifd(tiff, [_moved(inner, source, tiff, depth - 1) for inner in entries], 0)
-        return replace(entry, type=4, count=1, value=struct.pack(_order(tiff) + "I", at))
-    if _order(source) == _order(tiff) or _WORD_SIZE.get(entry.type, 1) == 1:
-        return entry
-    return replace(entry, value=np.frombuffer(entry.value, f"u{_WORD_SIZE[entry.type]}").byteswap().tobytes())
-
-
-def _append_ifd(tiff: bytearray, entries: Iterable[_Entry], following: int) -> int:
-    """Append a directory and its values; return its offset."""
-    order, table, values = _order(tiff), b"", b""
-    entries = sorted(entries, key=lambda entry: entry.tag)
-    tiff += bytes(len(tiff) % 2)
-    at = len(tiff)
-    behind = at + 2 + 12 * len(entries) + 4
-    for entry in entries:
-        place = entry.value.ljust(4, b"\0")
-        if len(place) > 4:
-            place = struct.pack(order + "I", behind + len(values))
-            values += entry.value + bytes(len(entry.value) % 2)
-        table += struct.pack(order + "HHI", entry.tag, entry.type, entry.count) + place
-    tiff += struct.pack(order + "H", len(entries)) + table + struct.pack(order + "I", following) + values
-    return at
-
-
-def _write_first_ifd(tiff: bytearray, entries: Iterable[_Entry], following: int) -> None:
-    at = _append_ifd(tiff, entries, following)
-    struct.pack_into(_order(tiff) + "I", tiff, 4, at)

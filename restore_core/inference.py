@@ -163,7 +163,7 @@ def diagnose(
     sigma = luma_sigma / (0.299**2 + 0.587**2 + 0.114**2) ** 0.5  # independent channels average out in the luma
 
     had, has = _colourfulness(damaged, kept), _colourfulness(restored, kept)
-    gray = (1 - had / has.clamp(min=1.0)).clamp(min=0.0)
+    gray = ((has - had) / has.clamp(min=1.0)).clamp(min=0.0)
     shares: list[list[float | None]] = [
         [None] * count if survival is None else list(share.tolist()) for share in (flip_share, patch_share)
     ]

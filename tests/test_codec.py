@@ -16,6 +16,7 @@ from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import IFDRational, ImageFileDirectory_v2
 
+from restore_core import exif as exif_blocks
 from restore_core.codec import Picture, decode, encode, encode_png, probe, thumbnail_jpeg, thumbnail_png
 from restore_core.errors import ItemError
 
@@ -47,7 +48,7 @@ def file_of(image: Image.Image, name: str, **options: object) -> bytes:
     if name == "WEBP" and "quality" not in options:
         options |= {"lossless": True, "exact": True}
     if name == "JPEG":
-        options = {"quality": 92} | options
+        options = options if "qtables" in options else {"quality": 92} | options
     file = io.BytesIO()
     image.save(file, name, **options)
     return file.getvalue()
@@ -386,6 +387,14 @@ def test_png_chunks_are_carried_byte_for_byte() -> None:
     assert "Title" not in stripped.info and stripped.info["gamma"] == 0.45455
 
 
+def test_png_exif_of_older_imagemagick_counts() -> None:
+    exif, info = exif_of_a_camera(6), PngInfo()
+    info.add_text("Raw profile type exif", f"\nexif\n{len(exif):8}\n{exif.hex()}\n", zip=True)
+    source = image_of("PNG", "RGB", pnginfo=info)
+    check_exif(restored(source), 6)
+    assert dict(opened(restored(source, strip_metadata=True)).getexif()) == {274: 6}
+
+
 def test_bmp_keeps_its_resolution() -> None:
     source = image_of("BMP", "RGB", dpi=(300, 300))
     assert opened(restored(source)).info["dpi"] == opened(source).info["dpi"]
@@ -393,7 +402,6 @@ def test_bmp_keeps_its_resolution() -> None:
 
 def full_tiff(compression: str, prefix: bytes) -> bytes:
     """A TIFF with tags of all kinds, Exif and GPS directories, in either byte order, any compression."""
-    from restore_core import codec
 
     pixels = file_of(Image.fromarray(smooth_pixels(11, 7)), "TIFF", compression=compression, icc_profile=ICC)
     ifd = ImageFileDirectory_v2(prefix=prefix)
@@ -403,9 +411,9 @@ def full_tiff(compression: str, prefix: bytes) -> bytes:
     ifd[34853] = {1: "N", 2: (IFDRational(48), IFDRational(8), IFDRational(14))}
     block = (b"II*\0\x08\0\0\0" if prefix == b"II" else b"MM\0*\0\0\0\x08") + ifd.tobytes(8)
     tiff = bytearray(pixels)
-    layout, _ = codec._read_ifd(tiff, codec._first_ifd(tiff))
-    tags = [codec._moved(entry, block, tiff) for entry in codec._read_ifd(block, 8)[0]]
-    codec._write_first_ifd(tiff, [*layout, *tags], 0)
+    layout, _ = exif_blocks.read_ifd(tiff, exif_blocks.first_ifd(tiff))
+    tags = [exif_blocks.moved(entry, block, tiff) for entry in exif_blocks.read_ifd(block, 8)[0]]
+    exif_blocks.write_first_ifd(tiff, [*layout, *tags], 0)
     return bytes(tiff)
 
 
@@ -439,9 +447,9 @@ def test_tiff_of_every_orientation_is_shown_the_same_way_up(orientation: int) ->
 
 def test_what_pillow_cannot_write_is_an_encode_error() -> None:
     source = image_of("JPEG", "RGB")
-    segment = b"Exif\0\0MM\0*" + bytes(40_000)
+    segment = b"Exif\0\0MM\0*\0\0\0\x08" + bytes(40_000)
     segment = b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment
-    with pytest.raises(ItemError, match="^encode: cannot write as JPEG: EXIF data is too long$"):
+    with pytest.raises(ItemError, match=r"^encode: cannot write as JPEG: EXIF data is too long$"):
         restored(source[:2] + segment + segment + source[2:])  # EXIF over two segments
 
 

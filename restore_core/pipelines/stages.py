@@ -83,6 +83,7 @@ def fetch_and_decode(item: Item, run: RestoreRun) -> None:
         item.picture = picture = codec.decode(item.source, max_pixels=run.max_pixels)
         item.row.format, item.row.mode = picture.format, picture.mode
         item.row.width, item.row.height = picture.width, picture.height
+        item.row.orientation = picture.orientation
 
 
 def restore(items: list[Item], restorer: Restorer) -> None:

@@ -1,0 +1,119 @@
+"""Blocks in the structure of TIFF, of which EXIF is one: read, and appended to so that all offsets stay true."""
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+ORIENTATION, SOFTWARE = 274, 305
+_SUB_IFDS = (34665, 34853, 40965)  # Exif, GPS, Interoperability
+_ITEM_SIZE = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
+_WORD_SIZE = _ITEM_SIZE | {5: 4, 10: 4}  # rationals are pairs of 32-bit numbers
+_NO_EXIF = b"II*\0\x08\0\0\0" + bytes(6)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One directory entry; `value` holds its bytes in the file's byte order."""
+
+    tag: int
+    type: int
+    count: int
+    value: bytes
+
+    def integers(self, tiff: bytes | bytearray) -> list[int]:
+        size, order = _WORD_SIZE.get(self.type, 1), "<" if tiff[:2] == b"II" else ">"
+        return [int(value) for value in np.frombuffer(self.value, f"{order}u{size}")]
+
+
+def annotated(exif: bytes, software: str, strip: bool) -> bytes:
+    """Return the EXIF block (b"" for none) with its Software set, or stripped to an orientation that matters.
+
+    The block is appended to, not rewritten, so that offsets inside maker notes and the thumbnail stay true. A damaged
+    block is returned as it was.
+    """
+    tiff = bytearray(exif or _NO_EXIF)
+    try:
+        entries, following = read_ifd(tiff, first_ifd(tiff))
+        turned = [entry for entry in entries if entry.tag == ORIENTATION and entry.type == 3 and entry.count == 1]
+    except (struct.error, ValueError):
+        return b"" if strip else exif
+    if strip:
+        order = tiff[:2]
+        tiff = bytearray(_NO_EXIF if order == b"II" else b"MM\0*\0\0\0\x08" + bytes(6))
+        if not turned or turned[0].integers(tiff) == [1]:
+            return b""
+        write_first_ifd(tiff, turned, 0)
+    else:
+        kept = [entry for entry in entries if entry.tag != SOFTWARE]
+        write_first_ifd(tiff, [*kept, text_entry(SOFTWARE, software)], following)
+    return bytes(tiff)
+
+
+def bare(exif: object) -> bytes:
+    return exif.removeprefix(b"Exif\0\0") if isinstance(exif, bytes) else b""
+
+
+def text_entry(tag: int, text: str) -> Entry:
+    value = text.encode("ascii", "replace") + b"\0"
+    return Entry(tag, 2, len(value), value)
+
+
+def _order(tiff: bytes | bytearray) -> str:
+    if tiff[:2] not in (b"II", b"MM"):
+        raise ValueError("no TIFF structure")
+    return "<" if tiff[:2] == b"II" else ">"
+
+
+def first_ifd(tiff: bytes | bytearray) -> int:
+    return int(struct.unpack_from(_order(tiff) + "I", tiff, 4)[0])
+
+
+def read_ifd(tiff: bytes | bytearray, at: int) -> tuple[list[Entry], int]:
+    """Return the entries of the directory at an offset, and the next one's offset. Raises ValueError, struct.error."""
+    order = _order(tiff)
+    (count,) = struct.unpack_from(order + "H", tiff, at)
+    entries = []
+    for index in range(count):
+        place = at + 2 + 12 * index
+        tag, kind, items = struct.unpack_from(order + "HHI", tiff, place)
+        size = _ITEM_SIZE[kind] * items if kind in _ITEM_SIZE else 4  # of unknown types only the place is known
+        start = place + 8 if size <= 4 else struct.unpack_from(order + "I", tiff, place + 8)[0]
+        if start + size > len(tiff):
+            raise ValueError(f"tag {tag} lies outside of the file")
+        entries.append(Entry(tag, kind, items, bytes(tiff[start : start + size])))
+    return entries, int(struct.unpack_from(order + "I", tiff, at + 2 + 12 * count)[0])
+
+
+def moved(entry: Entry, source: bytes, tiff: bytearray, depth: int = 2) -> Entry:
+    """Return a source's entry for use in `tiff`: in its byte order, sub-directories appended to it."""
+    if entry.tag in _SUB_IFDS and depth:
+        entries, _ = read_ifd(source, entry.integers(source)[0])
+        at = _append_ifd(tiff, [moved(inner, source, tiff, depth - 1) for inner in entries], 0)
+        return replace(entry, type=4, count=1, value=struct.pack(_order(tiff) + "I", at))
+    if _order(source) == _order(tiff) or _WORD_SIZE.get(entry.type, 1) == 1:
+        return entry
+    return replace(entry, value=np.frombuffer(entry.value, f"u{_WORD_SIZE[entry.type]}").byteswap().tobytes())
+
+
+def _append_ifd(tiff: bytearray, entries: Iterable[Entry], following: int) -> int:
+    """Append a directory and its values; return its offset."""
+    order, table, values = _order(tiff), b"", b""
+    entries = sorted(entries, key=lambda entry: entry.tag)
+    tiff += bytes(len(tiff) % 2)
+    at = len(tiff)
+    behind = at + 2 + 12 * len(entries) + 4
+    for entry in entries:
+        place = entry.value.ljust(4, b"\0")
+        if len(place) > 4:
+            place = struct.pack(order + "I", behind + len(values))
+            values += entry.value + bytes(len(entry.value) % 2)
+        table += struct.pack(order + "HHI", entry.tag, entry.type, entry.count) + place
+    tiff += struct.pack(order + "H", len(entries)) + table + struct.pack(order + "I", following) + values
+    return at
+
+
+def write_first_ifd(tiff: bytearray, entries: Iterable[Entry], following: int) -> None:
+    at = _append_ifd(tiff, entries, following)
+    struct.pack_into(_order(tiff) + "I", tiff, 4, at)

@@ -64,12 +64,16 @@ def main(job: PackDataset) -> int:
     splits = Splits(val_share=job.val_share, test_share=job.test_share, lists=people)
     options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(job).items()}
     result = pack(inputs, output, splits, options)
+    if not result.photographs:
+        key, error, message = result.broken[0]
+        raise UsageError(
+            f"--input {' '.join(job.input)}: none of the {len(result.broken)} files there is a photograph; "
+            f"the first, {key!r}, is {error}: {message}"
+        )
     for split in sorted(result.photographs):
         print(f"{split}: {result.photographs[split]} photographs of {len(result.people[split])} people")
     if result.broken:
         print(f"{len(result.broken)} files could not be used: {output.join(BROKEN_FILE)}")
-    if not result.photographs:
-        raise UsageError(f"--input {' '.join(job.input)}: none of the {len(result.broken)} files there is a photograph")
     return command_line.DONE
 
 

@@ -64,6 +64,10 @@ def parse(name: str, weights: bytes, config: bytes) -> ModelFolder:
     if not isinstance(values, dict) or not isinstance(values.get("architecture"), dict):
         raise UsageError(f"--model {name}: {CONFIG_FILE} has no 'architecture'; restore the file")
     folder = ModelFolder(name, weights, values)
+    try:
+        _ = folder.architecture
+    except UsageError as error:
+        raise UsageError(f"--model {name}: {CONFIG_FILE}: {error}") from error
     load(folder)  # tensors that do not fit are found here, before a cluster starts
     return folder
 
@@ -84,7 +88,8 @@ def load(folder: ModelFolder, device: torch.device | str = "cpu") -> nn.Module:
                 f"--model {folder.name}: {WEIGHTS_FILE} does not fit {CONFIG_FILE}: tensor {name!r} is "
                 f"{found.get(name, 'missing')} in the file, {wanted.get(name, 'not part')} of the architecture"
             )
-    model.load_state_dict(tensors, assign=True)
+    # Weights may be kept in half precision; they are computed with in single.
+    model.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}, assign=True)
     return model.to(device).eval()
 
 

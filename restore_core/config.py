@@ -195,16 +195,22 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
     """The inverse of `to_dict` for networks. Raises UsageError that names the unknown kind or field."""
     kinds = {"autoencoder": AutoencoderConfig, "residual_unet": ResidualUNetConfig}
     kind = values.get("kind")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise UsageError(f"architecture kind {kind!r}: use one of {', '.join(kinds)}")
-    known = {field.name for field in dataclasses.fields(kinds[kind])}
-    if unknown := sorted(set(values) - known):
+    known = {field.name: field.default for field in dataclasses.fields(kinds[kind])}
+    if unknown := sorted(set(values) - set(known)):
         raise UsageError(f"architecture field {unknown[0]!r} is not known to {kind}; it has {', '.join(sorted(known))}")
     arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    try:
-        return kinds[kind](**arguments)  # type: ignore[no-any-return]
-    except TypeError as error:
-        raise UsageError(f"architecture of kind {kind}: {error}") from error
+    for name, value in arguments.items():
+        if not _same_type(value, known[name]):
+            raise UsageError(f"architecture field {name!r} is {value!r}; use a value like {known[name]!r}")
+    return kinds[kind](**arguments)  # type: ignore[no-any-return]
+
+
+def _same_type(value: object, example: object) -> bool:
+    if isinstance(example, tuple):
+        return isinstance(value, tuple) and all(_same_type(item, example[0]) for item in value)
+    return type(value) is type(example) or (isinstance(example, float) and type(value) is int)
 
 
 PRESETS: dict[str, TrainConfig] = {

@@ -19,7 +19,7 @@ ErrorClass = Literal[
 """The closed list of reasons in the ledger's `error` column."""
 
 
-class UsageError(ValueError):
+class UsageError(Exception):
     """An option or input that cannot work. One line: the option, its value, and what to do. Exit code 2."""
 
 

@@ -44,15 +44,15 @@ class Restored:
     gray: float
     """How much of the result's colour the input lacked, 0 (none) to 1 (all of it)."""
 
-    @property
-    def undamaged(self) -> bool:
+    def undamaged(self, *, gray_file: bool = False) -> bool:
+        """Tell whether nothing worth changing was found. A file without colour channels has no colour to lose."""
         return (
             self.sigma < UNDAMAGED_SIGMA_255
             and self.flips is not None
             and self.flips < UNDAMAGED_SHARE
             and self.patches is not None
             and self.patches < UNDAMAGED_SHARE
-            and self.gray < UNDAMAGED_GRAY
+            and (gray_file or self.gray < UNDAMAGED_GRAY)
         )
 
 
@@ -131,7 +131,8 @@ def _starts(length: int) -> range:
 def _fade(length: int, before: bool, after: bool) -> Tensor:
     """Weights along one side of a tile: ramps over the overlap, at those ends where a neighbour is."""
     weight = torch.ones(length)
-    ramp = (torch.arange(OVERLAP) + 0.5) / OVERLAP
+    # The outermost quarter of the overlap sees too little around it to count at all.
+    ramp = ((torch.arange(OVERLAP) + 0.5) / OVERLAP * 2 - 0.5).clamp(0, 1)
     if before:
         weight[:OVERLAP] *= ramp[:length]
     if after:

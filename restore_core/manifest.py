@@ -7,16 +7,17 @@ sorted ones at its end. Where a key has several rows, the latest counts; so a cr
 import hashlib
 import json
 import re
+import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from restore_core.errors import ErrorClass
+from restore_core.errors import ErrorClass, ItemError, StorageError, UsageError
 from restore_core.storage import Object, Storage
 
 Status = Literal["restored", "unchanged", "failed"]
@@ -119,7 +120,7 @@ class Ledger:
         self._appended = 0
 
     def append(self, rows: list[Row]) -> None:
-        """Write rows down at once, as a file of their own. Raises ItemError."""
+        """Write rows down at once, as a file of their own. Raises StorageError."""
         self._write(f"{self._run_id}-{self._appended:06d}.parquet", table_of(rows))
         self._appended += 1
 
@@ -147,7 +148,10 @@ class Ledger:
     def _write(self, key: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
-        self._files.write(key, sink.getvalue().to_pybytes())
+        try:
+            self._files.write(key, sink.getvalue().to_pybytes())
+        except ItemError as error:
+            raise StorageError(f"the ledger cannot be written: {error.message}") from error
 
 
 def _latest(table: pa.Table) -> pa.Table:
@@ -203,17 +207,11 @@ def counts(table: pa.Table, column: str) -> dict[str, int]:
 
 def new_run_id() -> str:
     """Sorts by time; unique enough for runs started in the same second."""
-    import secrets
-
     return datetime.now(UTC).strftime("%Y%m%dT%H%M%S") + "-" + secrets.token_hex(3)
 
 
 def parse_retry(text: str | None) -> Retry:
     """`None` -> nothing, `"all"` -> every class, `"read,denied"` -> those. Raises UsageError."""
-    from typing import get_args
-
-    from restore_core.errors import UsageError
-
     known = get_args(ErrorClass)
     if text is None:
         return Retry()

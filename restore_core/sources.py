@@ -19,7 +19,7 @@ from PIL import Image
 
 from restore_core import codec
 from restore_core.errors import ItemError, UsageError
-from restore_core.storage import Storage
+from restore_core.storage import Storage, key_of
 
 TRAIN, VALIDATION, TEST = "train", "val", "test"
 
@@ -103,18 +103,18 @@ def _try_read(storage: Storage, key: str) -> bytes | ItemError:
 
 def _tar_members(storage: Storage, key: str) -> Iterator[Found]:
     filesystem, root = storage.filesystem()
-    path = f"{root}/{key}"
     try:
-        # mode r| reads front to back, so an archive on S3 is streamed, never held whole
-        with (
-            filesystem.open_input_stream(path, compression=None) as stream,
-            tarfile.open(fileobj=stream, mode="r|*") as tar,
-        ):
+        with filesystem.open_input_file(f"{root}/{key}") as stream, tarfile.open(fileobj=stream, mode="r:*") as tar:
             for member in tar:
                 if member.isfile():
                     content = tar.extractfile(member)
                     assert content is not None
-                    yield Found(member.name, content.read())
+                    yield Found(key_of(member.name), content.read())
+            # tarfile takes a damaged header for the end; the real end is a block of zeros.
+            assert tar.fileobj is not None
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                yield Found(key, ItemError("truncated", f"the archive breaks off at byte {tar.offset}"))
     except (tarfile.TarError, EOFError, OSError) as error:
         yield Found(key, ItemError("truncated", f"the archive cannot be read to its end: {error}"))
 
@@ -171,7 +171,7 @@ def splits(table: pa.Table) -> list[str]:
 def keys_of(table: pa.Table) -> list[str]:
     """The key of every row: its column `key`, else the hash of its image."""
     if "key" in table.column_names:
-        return table["key"].to_pylist()  # type: ignore[no-any-return]
+        return [str(key) for key in table["key"].to_pylist()]
     column = image_bytes(table[image_column(table.schema)])
     return [hashlib.sha256(data or b"").hexdigest() for data in column]
 
@@ -257,4 +257,6 @@ def read_list(path: Path, option: str) -> set[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{option} {path}: cannot be read as text ({error})") from error
-    return {line.split("\t")[0].strip() for line in lines if line.strip() and not line.strip().isdigit()}
+    if lines and lines[0].strip().isdecimal():  # LFW's lists begin with their length
+        lines = lines[1:]
+    return {line.split("\t")[0].strip() for line in lines if line.strip()}

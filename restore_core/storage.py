@@ -109,7 +109,7 @@ def open_storage(uri: str | Path, *, option: str = "--input") -> Storage:
             f"{option} {_redacted(text)}: {match[1]}:// is not supported; use a local path or s3://bucket/prefix"
         )
     root = Path(os.path.realpath(text))  # absolute: Ray's workers run in other directories
-    return LocalStorage(root.parent, only=_key_of(root.name)) if root.is_file() else LocalStorage(root)
+    return LocalStorage(root.parent, only=key_of(root.name)) if root.is_file() else LocalStorage(root)
 
 
 def is_object(uri: str | Path) -> bool:
@@ -148,7 +148,8 @@ _FROM_KEY = {char: surrogate for surrogate, char in _TO_KEY.items()}
 _TEMPORARY = re.compile(r"\.restore-[0-9a-f]{32}\.tmp")  # short, so that any legal name can be written
 
 
-def _key_of(name: str) -> str:
+def key_of(name: str) -> str:
+    """Return a file's name as a key: text that can be encoded, whatever bytes the name holds."""
     return name.translate(_TO_KEY)
 
 
@@ -162,7 +163,7 @@ class LocalStorage:
 
     @property
     def uri(self) -> str:
-        return _key_of(str(self.root))
+        return key_of(str(self.root))
 
     def list(self, prefix: str = "") -> Iterator[Object]:
         """See `Storage`. Symbolic links to folders are not followed; links to files are listed like files."""
@@ -270,12 +271,12 @@ def _entries(folder: str | Path, prefix: str) -> list[tuple[str, os.DirEntry[str
     try:
         with os.scandir(folder) as entries:
             found = [
-                (prefix + _key_of(entry.name) + "/" * entry.is_dir(follow_symlinks=False), entry) for entry in entries
+                (prefix + key_of(entry.name) + "/" * entry.is_dir(follow_symlinks=False), entry) for entry in entries
             ]
     except FileNotFoundError:
         return []
     except OSError as error:
-        place = _line(_key_of(str(folder)))
+        place = _line(key_of(str(folder)))
         raise StorageError(f"cannot list {place}: {error.strerror}; fix its permissions or move it away") from error
     return sorted(found, key=lambda pair: pair[0], reverse=True)
 

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -53,3 +54,58 @@ def s3(moto_client: "S3Client", monkeypatch: pytest.MonkeyPatch) -> Iterator[str
             for found in page.get("Contents", []):
                 moto_client.delete_object(Bucket=bucket["Name"], Key=found["Key"])
         moto_client.delete_bucket(Bucket=bucket["Name"])
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread: for tiny tensors the second one costs more than it brings, above all on busy machines."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def local_ray(moto_client: "S3Client") -> Iterator[None]:
+    """One local Ray for all tests that need one; its workers reach the S3 server too."""
+    import ray
+
+    from restore_core.pipelines.cluster import ROOT
+
+    settings = {**AWS_SETTINGS, "AWS_ENDPOINT_URL": moto_client.meta.endpoint_url, "PYTHONPATH": str(ROOT)}
+    # Three CPUs, whatever the machine has: two training workers, and one for Ray Data.
+    ray.init(
+        address="local",
+        num_cpus=3,
+        include_dashboard=True,
+        log_to_driver=False,
+        logging_level="warning",
+        runtime_env={"env_vars": settings},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[int], Path]":
+    """Model folders of a small network with random weights, another one for each seed."""
+    import torch
+
+    from restore_core import checkpoint
+    from restore_core.config import ResidualUNetConfig
+    from restore_core.model import build
+
+    root = tmp_path_factory.mktemp("models")
+
+    def make(seed: int) -> Path:
+        folder = root / str(seed)
+        if not folder.exists():
+            config = ResidualUNetConfig(channels=(8, 16), blocks=1)
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                checkpoint.save(build(config), config, {}, folder)
+        return folder
+
+    return make

@@ -27,7 +27,8 @@ Device = Literal["auto", "cpu", "cuda"]
 
 def quiet_data() -> None:
     """The jobs print their own progress; Ray Data's would be a page every few seconds."""
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 

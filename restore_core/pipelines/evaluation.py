@@ -39,14 +39,14 @@ def evaluate(
             damaged = [_damage(image, damage, key) for image, key in zip(clean, keys, strict=True)]
             results = restorer(damaged)
             restored = [
-                before if result.undamaged else result.pixels for before, result in zip(damaged, results, strict=True)
+                before if result.undamaged() else result.pixels for before, result in zip(damaged, results, strict=True)
             ]
             rows.append(
                 {
                     "damage": damage,
                     "size": size,
                     "images": len(clean),
-                    "unchanged": sum(result.undamaged for result in results),
+                    "unchanged": sum(result.undamaged() for result in results),
                     "psnr_identity": _mean_psnr(damaged, clean),
                     "psnr": _mean_psnr(restored, clean),
                     "ssim_identity": _mean_ssim(damaged, clean),

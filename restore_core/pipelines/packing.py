@@ -96,6 +96,8 @@ def pack(inputs: list[Storage], output: Storage, splits: Splits, options: dict[s
                 if time.monotonic() - shown > 5:
                     shown = time.monotonic()
                     logger.info("packed %d photographs, %d broken", result.photographs.total(), len(result.broken))
+    if not result.photographs:
+        return result  # an older dataset in the same place stays as it is
     for split in sorted(waiting):
         flush(split)
     _remove_older_shards(output, shards)

@@ -4,6 +4,7 @@ On CPUs one actor does everything for an object, since moving pixels between pro
 GPUs, tasks on the CPUs decode and encode around the actors that hold the model.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -22,7 +23,7 @@ import torch
 
 from restore_core import manifest, provenance, sources
 from restore_core.checkpoint import ModelFolder
-from restore_core.errors import UsageError
+from restore_core.errors import ItemError, UsageError
 from restore_core.inference import Restorer
 from restore_core.manifest import Ledger, Retry, Row
 from restore_core.pipelines import cluster, stages
@@ -45,8 +46,8 @@ PROGRESS_SECONDS = 5.0
 IO_THREADS = 8
 """Objects fetched, decoded, encoded and written at once in each actor."""
 RUN_FILE = f"{manifest.FOLDER}/run.json"
-SAMPLES, SAMPLE_BYTES = 12, 8 * 2**20
-"""Of the report: how many photographs it shows, and how large a file may be for it."""
+SAMPLES, SAMPLE_PIXELS = 12, 2**24
+"""Of the report: how many photographs it shows, and how large one may be for it."""
 NO_RETRY = Retry()
 RESULT_OPTIONS = ("strip_metadata",)
 """Options that decide what a restored file looks like; with another value it is done again."""
@@ -153,6 +154,7 @@ def build_dataset(
     units: list[pa.Table], run: RestoreRun, *, actors: int, batch_size: int, separate: bool, gpus: float
 ) -> ray.data.Dataset:
     """The graph: one fused stage, or decode -> restore -> write in processes of their own (`separate`)."""
+    ray.data.DataContext.get_current().max_errored_blocks = -1
     shared = [ray.put(run)]  # in a list, since Ray would resolve a bare reference itself, once for each actor
     # A crashed actor is started again and its unit tried once more; a unit that fails twice is left out, and found
     # missing in the ledger afterwards. (Finite max_restarts with max_errored_blocks=-1 hangs: ray#62746.)
@@ -361,10 +363,14 @@ def _samples(
     table: pa.Table, input: Storage, output: Storage, groups: list[RowGroup] | None
 ) -> list[tuple[Row, bytes, bytes]]:
     """Some restored photographs, spread over the ledger, before and after."""
-    small = pa.compute.less(table["size"], SAMPLE_BYTES) if groups is None else pa.scalar(True)
+    small = pa.compute.less(pa.compute.multiply(table["width"], table["height"]), SAMPLE_PIXELS)
     restored = table.filter(pa.compute.and_(pa.compute.equal(table["status"], "restored"), small))
     rows = manifest.rows_of(restored.take(list(range(0, len(restored), max(1, len(restored) // SAMPLES)))[:SAMPLES]))
-    return [(row, *_read_pair(row, input, output, groups)) for row in rows]
+    samples = []
+    for row in rows:
+        with contextlib.suppress(ItemError):  # deleted in the meantime, say: then the page has one picture less
+            samples.append((row, *_read_pair(row, input, output, groups)))
+    return samples
 
 
 def _read_pair(row: Row, input: Storage, output: Storage, groups: list[RowGroup] | None) -> tuple[bytes, bytes]:

@@ -101,8 +101,11 @@ def restore(items: list[Item], restorer: Restorer) -> None:
         if isinstance(result, ItemError):
             row.fail(result.error, result.message)
             continue
-        row.sigma, row.flips, row.patches, row.gray = result.sigma, result.flips, result.patches, result.gray
-        item.restored = None if result.undamaged else result.pixels
+        assert item.picture is not None
+        gray_file = item.picture.gray
+        row.sigma, row.flips, row.patches = result.sigma, result.flips, result.patches
+        row.gray = None if gray_file else result.gray
+        item.restored = None if result.undamaged(gray_file=gray_file) else result.pixels
 
 
 def _restore_one(item: Item, restorer: Restorer) -> Restored | ItemError:

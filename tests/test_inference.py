@@ -1,0 +1,199 @@
+"""The network as a function on photographs: any size, any batch, tiles, and what it says was wrong."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from torch import Tensor
+
+from restore_core import checkpoint, inference
+from restore_core.checkpoint import ModelFolder
+from restore_core.config import AutoencoderConfig, ModelConfig, ResidualUNetConfig
+from restore_core.degradations import Generator, degrade, fixed_damage, seed_of
+from restore_core.inference import Pixels, Restorer, diagnose
+from restore_core.model import build
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL = ResidualUNetConfig(channels=(8, 16), blocks=1)
+
+
+def model_folder(folder: Path, config: ModelConfig = SMALL, *, spoilt: bool = False) -> ModelFolder:
+    torch.manual_seed(0)
+    model = build(config)
+    if spoilt:
+        torch.nn.init.constant_(next(iter(model.parameters())), torch.nan)
+    checkpoint.save(model, config, {}, folder)
+    return checkpoint.read(str(folder))
+
+
+@pytest.fixture
+def restorer(tmp_path: Path) -> Restorer:
+    return Restorer(model_folder(tmp_path))
+
+
+def photograph(height: int, width: int, seed: int = 0) -> Pixels:
+    top, left = np.random.default_rng(seed).integers(0, 512 - np.array([height, width]) + 1)
+    return np.ascontiguousarray(skimage.data.astronaut()[top : top + height, left : left + width])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (5, 7), (48, 48), (33, 50)])
+def test_any_size_comes_back_as_it_went_in(restorer: Restorer, size: tuple[int, int]) -> None:
+    (result,) = restorer([photograph(*size)])
+    assert result.pixels.shape == (*size, 3)
+    assert result.pixels.dtype == np.uint8
+    assert all(np.isfinite(value) for value in (result.sigma, result.flips, result.patches, result.gray))
+
+
+def test_no_images_no_results(restorer: Restorer) -> None:
+    assert restorer([]) == []
+
+
+def test_mixed_sizes_keep_their_order_and_equal_single_runs(
+    restorer: Restorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of equal sizes some share a batch. Bit for bit on the CPU: the convolutions do not mix images."""
+    monkeypatch.setattr(inference, "BATCH_PIXELS", 3 * 24 * 32)  # at most three of the larger ones together
+    sizes = [(24, 32), (5, 7), (24, 32), (1, 1), (24, 32), (5, 7), (24, 32), (24, 32)]
+    images = [photograph(*size, seed=index) for index, size in enumerate(sizes)]
+    together = restorer(images)
+    for image, result in zip(images, together, strict=True):
+        (alone,) = restorer([image])
+        np.testing.assert_array_equal(result.pixels, alone.pixels)
+        assert result.sigma == pytest.approx(alone.sigma, rel=1e-5)
+        assert (result.flips, result.patches) == (alone.flips, alone.patches)
+
+
+def test_a_read_only_image_is_no_obstacle(restorer: Restorer) -> None:
+    image = photograph(8, 8)
+    image.setflags(write=False)
+    np.testing.assert_array_equal(restorer([image])[0].pixels, restorer([image.copy()])[0].pixels)
+
+
+@pytest.mark.parametrize("size", [(1100, 60), (40, 2000)])
+def test_tiles_equal_the_whole_within_one_level(
+    restorer: Restorer, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+) -> None:
+    image = np.tile(skimage.data.astronaut(), (4, 4, 1))[: size[0], : size[1]].copy()
+    (tiled,) = restorer([image])
+    monkeypatch.setattr(inference, "TILE", 4096)
+    (whole,) = restorer([image])
+    assert np.abs(tiled.pixels.astype(int) - whole.pixels).max() <= 1
+    assert tiled.sigma == pytest.approx(whole.sigma, rel=0.01)
+    assert tiled.flips == pytest.approx(whole.flips, abs=0.01)
+
+
+@pytest.mark.parametrize("size", [(64, 65), (97, 64), (160, 200), (130, 33)])
+@pytest.mark.parametrize("config", [SMALL, ResidualUNetConfig(channels=(8, 12, 16), blocks=1, gate=False)])
+def test_many_small_tiles_are_put_together_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], config: ResidualUNetConfig
+) -> None:
+    """Not to the level everywhere: of such an overlap the network's view is no small part."""
+    restorer = Restorer(model_folder(tmp_path, config))
+    image = photograph(*size)
+    (whole,) = restorer([image])
+    monkeypatch.setattr(inference, "TILE", 64)
+    monkeypatch.setattr(inference, "OVERLAP", 32)
+    (tiled,) = restorer([image])
+    difference = np.abs(tiled.pixels.astype(int) - whole.pixels)
+    assert (difference > 1).mean() < 0.002
+    assert difference.mean() < 0.1
+
+
+def test_tiles_cover_every_pixel_with_the_weights_of_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "TILE", 64)
+    monkeypatch.setattr(inference, "OVERLAP", 32)
+    for length in range(1, 300):
+        weights = torch.zeros(length)
+        starts = list(inference._starts(length))
+        for top in starts:
+            tile = min(64, length - top)
+            weights[top : top + 64] += inference._fade(tile, top > 0, top + 64 < length)
+        assert starts[0] == 0 and all(after - before == 32 for before, after in pairwise(starts))
+        torch.testing.assert_close(weights, torch.ones(length))
+
+
+def test_weights_that_are_not_numbers_are_noticed(tmp_path: Path) -> None:
+    restorer = Restorer(model_folder(tmp_path, spoilt=True))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        restorer([photograph(8, 8)])
+
+
+def test_networks_without_a_gate_leave_destroyed_pixels_open(tmp_path: Path) -> None:
+    restorer = Restorer(model_folder(tmp_path, AutoencoderConfig(depth=2, base_channels=4)))
+    (result,) = restorer([photograph(20, 20)])
+    assert result.flips is None and result.patches is None
+    assert not result.undamaged()
+
+
+# --- Diagnosis -----------------------------------------------------------------------------------------------------
+# What a perfect network would say: it returns the clean photograph, and its gate knows the destroyed pixels.
+
+
+def clean_photographs() -> Tensor:
+    astronaut, coffee, cat = skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea()
+    crops = [astronaut[:128, 150:278], coffee[100:228, 150:278], cat[50:178, 100:228]]
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+
+
+def perfect_diagnosis(**damage: object) -> tuple[list[list[float]], Tensor]:
+    clean = clean_photographs()
+    generator = Generator([seed_of(0, "diagnosis", str(index)) for index in range(len(clean))], "cpu")
+    damaged, destroyed = degrade(clean, fixed_damage(generator, **damage), generator)  # type: ignore[arg-type]
+    survival = torch.where(destroyed, -5.0, 5.0).reshape(len(clean), 1, 128, 128)
+    return [list(values) for values in diagnose(damaged, clean, survival)], destroyed  # type: ignore[arg-type]
+
+
+def test_an_undamaged_photograph_is_told_as_such() -> None:
+    (sigma, flips, patches, gray), _ = perfect_diagnosis()
+    assert max(sigma) == max(flips) == max(patches) == 0
+    assert max(gray) < 0.01
+
+
+@pytest.mark.parametrize("sigma_255", [10, 25, 50])
+def test_noise_is_measured(sigma_255: float) -> None:
+    (sigma, flips, patches, gray), _ = perfect_diagnosis(sigma_255=sigma_255)
+    assert sigma == pytest.approx([sigma_255] * 3, rel=0.25)  # clipping at black and white takes some away
+    assert max(flips) == max(patches) == 0
+    assert max(gray) < 0.2
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3])
+def test_flipped_pixels_are_counted_and_are_neither_noise_nor_patches(share: float) -> None:
+    (sigma, flips, patches, gray), _ = perfect_diagnosis(flips=share)
+    assert flips == pytest.approx([share] * 3, rel=0.15)
+    assert max(patches) < 0.002
+    assert max(sigma) < 1
+    assert max(gray) < 0.2
+
+
+@pytest.mark.parametrize("coloured", [False, True])
+def test_patches_are_measured_and_are_neither_flips_nor_noise(coloured: bool) -> None:
+    (sigma, flips, patches, gray), destroyed = perfect_diagnosis(area=0.15, coloured=coloured)
+    share = destroyed.reshape(3, -1).float().mean(dim=1).tolist()
+    assert patches == pytest.approx(share, rel=0.1)
+    assert max(flips) < 0.002
+    assert max(sigma) < 1
+    assert max(gray) < 0.2
+
+
+def test_lost_colour_is_lost_colour_and_not_noise() -> None:
+    (sigma, flips, patches, gray), _ = perfect_diagnosis(gray=True)
+    assert min(gray) > 0.9
+    assert max(sigma) < 1
+    assert max(flips) == max(patches) == 0
+
+
+def test_a_grey_photograph_that_stays_grey_has_lost_nothing() -> None:
+    grey = clean_photographs()[:, :1].expand(-1, 3, -1, -1).contiguous()
+    assert max(diagnose(grey, grey, None)[3]) == 0
+
+
+def test_without_a_gate_noise_and_grey_are_still_told() -> None:
+    clean = clean_photographs()
+    sigma, flips, patches, gray = diagnose(clean, clean, None)
+    assert (flips, patches) == ([None] * 3, [None] * 3)
+    assert max(sigma) == 0 and max(gray) < 0.01

@@ -1,0 +1,234 @@
+"""The ledger: its schema, its merge, and what it leaves to do."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import get_args
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from restore_core import manifest
+from restore_core.errors import ErrorClass, StorageError, UsageError
+from restore_core.manifest import SCHEMA, Ledger, Retry, Row
+from restore_core.storage import LocalStorage, Object
+
+COLUMNS = (
+    "key, status, error, message, size, etag, input_sha256, format, mode, width, height, output_key, output_sha256, "
+    "model, options, sigma, flips, patches, gray, orientation, change, seconds, attempt, node, run_id, finished_at"
+)
+"""As the design has them."""
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+def row(key: str = "a.jpg", at: int = 0, **values: object) -> Row:
+    """A restored photograph's row, finished `at` seconds after noon."""
+    given = Row(
+        key=key, status="restored", size=10, etag="e1", model="m1", options="o1", output_key=key, run_id="run",
+        finished_at=NOON + timedelta(seconds=at),
+    )  # fmt: skip
+    return replace(given, **values)  # type: ignore[arg-type]
+
+
+def files_of(root: Path) -> list[Path]:
+    return sorted((root / "_restore/manifest").glob("*.parquet"))
+
+
+# --- Rows ----------------------------------------------------------------------------------------------------------
+
+
+def test_columns_are_those_of_the_design() -> None:
+    assert SCHEMA.names == COLUMNS.split(", ")
+
+
+def test_rows_survive_the_way_through_arrow() -> None:
+    full = row(
+        sigma=3.5, flips=0.1, patches=0.2, gray=1.0, orientation=6, change=4.25, seconds=0.1, attempt=3, node="n",
+        width=7, height=5, format="PNG", mode="RGBA", input_sha256="i", output_sha256="o",
+    )  # fmt: skip
+    failed = row("b.jpg", status="failed", error="truncated", message="cut off", output_key=None)
+    assert manifest.rows_of(manifest.table_of([full, failed])) == [full, failed]
+
+
+def test_columns_without_values_keep_their_types_on_disk(tmp_path: Path) -> None:
+    empty = Row(key="a", size=0, etag="", model="", options="", run_id="")
+    Ledger(LocalStorage(tmp_path), "run").append([empty])
+    assert pq.read_schema(files_of(tmp_path)[0]).equals(SCHEMA)
+    assert manifest.rows_of(Ledger(LocalStorage(tmp_path), "next").latest()) == [empty]
+
+
+def test_a_failure_forgets_the_output() -> None:
+    failed = row(output_sha256="x", change=1.0)
+    failed.fail("write", "disk full")
+    assert (failed.status, failed.error, failed.message) == ("failed", "write", "disk full")
+    assert failed.output_key is failed.output_sha256 is failed.change is None
+
+
+def test_counts_leave_out_empty_cells() -> None:
+    table = manifest.table_of([row("a"), row("b"), row("c", status="failed", error="read")])
+    assert manifest.counts(table, "status") == {"failed": 1, "restored": 2}
+    assert manifest.counts(table, "error") == {"read": 1}
+
+
+# --- The ledger ----------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_ledger_has_the_schema(tmp_path: Path) -> None:
+    ledger = Ledger(LocalStorage(tmp_path), "run")
+    assert ledger.latest().schema.equals(SCHEMA)
+    assert len(ledger.merge()) == 0
+
+
+def test_after_a_merge_there_is_one_row_a_key_and_the_latest_counts(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    first, second = Ledger(storage, "run-1"), Ledger(storage, "run-2")
+    first.append([row("b", at=0), row("a", at=1, attempt=1)])
+    second.append([row("a", at=9, attempt=2), row("c", at=3)])
+    first.append([row("a", at=5, attempt=7)])  # written later, finished earlier
+    merged = manifest.rows_of(second.merge())
+    assert [(r.key, r.attempt) for r in merged] == [("a", 2), ("b", 1), ("c", 1)]
+    assert manifest.rows_of(pa.concat_tables(pq.read_table(file) for file in files_of(tmp_path))) == merged
+    assert manifest.rows_of(Ledger(storage, "run-3").merge()) == merged
+
+
+def test_large_ledgers_are_merged_into_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "MERGED_ROWS", 4)
+    rows = [row(f"{index:02d}") for index in range(10)]
+    ledger = Ledger(LocalStorage(tmp_path), "run")
+    ledger.append(rows[:6])
+    ledger.append(rows[6:])
+    ledger.merge()
+    assert [len(pq.read_table(file)) for file in files_of(tmp_path)] == [4, 4, 2]
+    assert manifest.rows_of(Ledger(LocalStorage(tmp_path), "next").latest()) == rows
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_a_merge_interrupted_anywhere_loses_and_doubles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """Two writes and three deletes: the process dies before the first, the second ..."""
+    storage = LocalStorage(tmp_path)
+    ledger = Ledger(storage, "run-1")
+    for part in ([row("a", at=0), row("b", at=0)], [row("a", at=1, attempt=2)], [row("c", at=0)]):
+        ledger.append(part)
+    expected = manifest.rows_of(ledger.latest())
+    monkeypatch.setattr(manifest, "MERGED_ROWS", 2)
+    left = steps
+
+    def until_interrupted(real: object) -> object:
+        def call(self: LocalStorage, *values: object) -> object:
+            nonlocal left
+            if left == 0:
+                raise Interrupted
+            left -= 1
+            return real(self, *values)  # type: ignore[operator]
+
+        return call
+
+    with monkeypatch.context() as patched:
+        for name in ("write", "delete"):
+            patched.setattr(LocalStorage, name, until_interrupted(getattr(LocalStorage, name)))
+        if steps < 5:
+            with pytest.raises(Interrupted):
+                ledger.merge()
+        else:
+            ledger.merge()
+    assert manifest.rows_of(Ledger(storage, "run-2").latest()) == expected
+    assert manifest.rows_of(Ledger(storage, "run-2").merge()) == expected
+    assert sum(len(pq.read_table(file)) for file in files_of(tmp_path)) == len(expected)
+
+
+def test_a_ledger_on_s3_reads_back(s3: str) -> None:
+    from restore_core.storage import open_storage
+
+    ledger = Ledger(open_storage("s3://photos/out/"), "run")
+    ledger.append([row("a", at=0), row("ü b#.jpg", at=0)])
+    ledger.append([row("a", at=1, attempt=2)])
+    assert [(r.key, r.attempt) for r in manifest.rows_of(ledger.merge())] == [("a", 2), ("ü b#.jpg", 1)]
+    assert len(list(open_storage("s3://photos/out/_restore/manifest/").list())) == 1
+
+
+def test_an_append_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "_restore").write_bytes(b"a file where the folder should be")
+    with pytest.raises(StorageError, match="the ledger cannot be written"):
+        Ledger(LocalStorage(tmp_path), "run").append([row()])
+
+
+def test_run_ids_sort_by_time_and_differ() -> None:
+    ids = [manifest.new_run_id() for _ in range(50)]
+    assert len(set(ids)) == 50
+    assert [name[:15] for name in ids] == sorted(name[:15] for name in ids)
+
+
+# --- What is left to do --------------------------------------------------------------------------------------------
+
+ITEM = Object("a.jpg", 10, "e1")
+
+
+def left(
+    *rows: Row, item: Object = ITEM, model: str = "m1", options: str = "o1", retry: str | None = None,
+    exists: frozenset[str] = frozenset({"a.jpg"}),
+) -> list[tuple[str, int]]:  # fmt: skip
+    found = manifest.left_to_do(
+        [item], manifest.table_of(rows), model=model, options=options, retry=manifest.parse_retry(retry),
+        exists=set(exists),
+    )  # fmt: skip
+    return [(item.key, attempt) for item, attempt in found]
+
+
+def test_new_objects_are_left_to_do() -> None:
+    assert left() == left(row("another.jpg")) == [("a.jpg", 1)]
+
+
+@pytest.mark.parametrize("status", ["restored", "unchanged"])
+def test_finished_objects_are_not(status: str) -> None:
+    assert left(row(status=status)) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"item": Object("a.jpg", 10, "e2")},
+        {"item": Object("a.jpg", 11, "e1")},
+        {"model": "m2"},
+        {"options": "o2"},
+        {"exists": frozenset()},
+    ],
+    ids=["etag", "size", "model", "options", "output missing"],
+)
+def test_what_has_changed_is_done_again(change: dict[str, object]) -> None:
+    assert left(row(attempt=2), **change) == [("a.jpg", 3)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("retry", "expected"), [(None, []), ("all", [("a.jpg", 2)]), ("read, denied", [("a.jpg", 2)]), ("write", [])]
+)
+def test_failures_are_tried_again_only_when_asked(retry: str | None, expected: list[tuple[str, int]]) -> None:
+    failed = row(status="failed", error="denied", output_key=None)
+    assert left(failed, retry=retry, exists=frozenset()) == expected
+
+
+def test_a_failure_whose_object_has_changed_is_tried_again() -> None:
+    failed = row(status="failed", error="truncated", output_key=None)
+    assert left(failed, item=Object("a.jpg", 10, "e2")) == [("a.jpg", 2)]
+
+
+def test_the_options_identity_depends_on_values_not_on_their_order() -> None:
+    first = manifest.options_hash({"strip_metadata": False, "max_pixels": 1})
+    assert first == manifest.options_hash({"max_pixels": 1, "strip_metadata": False})
+    assert first != manifest.options_hash({"max_pixels": 1, "strip_metadata": True})
+
+
+def test_parse_retry() -> None:
+    assert manifest.parse_retry(None) == Retry()
+    assert manifest.parse_retry("all").classes == set(get_args(ErrorClass))
+    assert manifest.parse_retry("read,denied").classes == {"read", "denied"}
+    with pytest.raises(
+        UsageError, match=r"^--retry-failed borken: no such class of failures; use all or some of .*read"
+    ):
+        manifest.parse_retry("read,borken")

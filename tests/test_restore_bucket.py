@@ -1,0 +1,676 @@
+"""The restore job on a real local Ray and a real S3 server: every object is accounted for, whatever happens."""
+
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import skimage.data
+from photos import write_tree
+from PIL import Image
+from processes import descendants, wait_for
+
+from jobs import command_line, restore_bucket
+from jobs.restore_bucket import RestoreBucket
+from restore_core import checkpoint, codec, manifest, sources, storage
+from restore_core.config import ResidualUNetConfig
+from restore_core.errors import UsageError
+from restore_core.manifest import Row
+from restore_core.model import build
+from restore_core.storage import LocalStorage, open_storage
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).resolve().parent.parent
+Models = Callable[[int], Path]
+Run = Callable[..., int]
+
+
+def photograph(height: int, width: int, seed: int = 0, mode: str = "RGB") -> Image.Image:
+    source = (skimage.data.astronaut, skimage.data.coffee, skimage.data.chelsea)[seed % 3]()
+    top, left = np.random.default_rng(seed).integers(0, np.array(source.shape[:2]) - (height, width) + 1)
+    image = Image.fromarray(source[top : top + height, left : left + width])
+    if mode == "RGBA":
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+        return image
+    return image.convert(mode)
+
+
+def encoded(image: Image.Image, format: str = "JPEG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+GOOD = {
+    "one pixel.png": encoded(photograph(1, 1), "PNG"),
+    "a/tiny.jpg": encoded(photograph(5, 7, 1)),
+    "a/face.jpg": encoded(photograph(48, 48, 2), quality=92),
+    "a/b/c/wide.webp": encoded(photograph(100, 150, 3), "WEBP"),
+    "large.png": encoded(photograph(260, 300, 4), "PNG"),
+    "grey.jpg": encoded(photograph(48, 48, 5, "L")),
+    "alpha.png": encoded(photograph(40, 52, 6, "RGBA"), "PNG"),
+    "photo.tif": encoded(photograph(30, 20, 7), "TIFF"),
+    "old.bmp": encoded(photograph(30, 20, 8), "BMP"),
+    "a png in truth.jpg": encoded(photograph(9, 9, 9), "PNG"),
+    "no extension": encoded(photograph(9, 9, 10)),
+}
+HOSTILE = {
+    name: encoded(photograph(8, 8, seed))
+    for seed, name in enumerate(
+        ["a+b #1&c.jpg", "per%2Fcent%.jpg", "light \U0001f4a1.jpg", "..dots..in..it.jpg", "new\nline.jpg", "üml.JPG"]
+    )
+}
+BROKEN = {
+    "broken/cut off.jpg": (GOOD["a/face.jpg"][: len(GOOD["a/face.jpg"]) // 2], "truncated"),
+    "broken/cut off.png": (GOOD["large.png"][:5000], "truncated"),
+    "broken/empty.jpg": (b"", "not_an_image"),
+    "broken/<script>alert(1)<b>.jpg": (b"no photograph, alas", "not_an_image"),
+    "broken/animated.gif": (
+        encoded(photograph(8, 8), "GIF", save_all=True, append_images=[photograph(8, 8, 1)]), "unsupported",
+    ),
+    "broken/sixteen bit.png": (
+        encoded(Image.fromarray(np.full((8, 8), 40_000, np.uint16)), "PNG"), "unsupported",
+    ),
+    "broken/over budget.png": (encoded(Image.new("RGB", (400, 300)), "PNG"), "too_large"),
+}  # fmt: skip
+TREE = {**GOOD, **HOSTILE, **{key: data for key, (data, _) in BROKEN.items()}}
+
+
+@pytest.fixture(scope="module")
+def run(local_ray: None, small_model: Models) -> Run:
+    def restore(input: object, output: object, model: object = None, **options: Any) -> int:
+        job = RestoreBucket(
+            input=str(input), output=str(output), model=str(model or small_model(1)), device="cpu",
+            **{"workers": "2", **options},
+        )  # fmt: skip
+        return restore_bucket.main(job)
+
+    return restore
+
+
+@pytest.fixture(scope="module")
+def tree(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder with everything in it, and what became of it. Read-only."""
+    root = tmp_path_factory.mktemp("tree")
+    source, output = write_tree(root / "in", TREE), root / "out"
+    assert run(source, output, max_megapixels=0.1, batch_size=4) == 0
+    return source, output
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    """What was written beside the ledger."""
+    place = LocalStorage(root)
+    return {item.key: place.read(item.key) for item in place.list() if not item.key.startswith("_restore/")}
+
+
+def ledger_of(output: object) -> dict[str, Row]:
+    """The ledger's rows by key, read from the files as they are."""
+    place = open_storage(f"{output}/_restore/manifest/")
+    filesystem, root = place.filesystem()
+    tables = [pq.read_table(f"{root}/{item.key}", filesystem=filesystem) for item in place.list()]
+    rows = manifest.rows_of(pa.concat_tables(tables))
+    assert len({row.key for row in rows}) == len(rows), "a key has two rows"
+    return {row.key: row for row in rows}
+
+
+def assert_closed(output: Path, keys: set[str]) -> dict[str, Row]:
+    """One row a key, no other; what is restored exists and hashes to its row; nothing else was written."""
+    rows = ledger_of(output)
+    assert rows.keys() == keys
+    written = files_of(output)
+    assert written.keys() == {row.output_key for row in rows.values() if row.status != "failed"}
+    for row in rows.values():
+        if row.status != "failed":
+            assert row.output_key is not None
+            assert hashlib.sha256(written[row.output_key]).hexdigest() == row.output_sha256
+    return rows
+
+
+# --- One folder with everything in it ------------------------------------------------------------------------------
+
+
+def test_every_object_has_one_row_and_every_output_hashes_to_it(tree: tuple[Path, Path]) -> None:
+    source, output = tree
+    rows = assert_closed(output, set(TREE))
+    for key, row in rows.items():
+        data = TREE[key]
+        assert row.size == len(data)
+        assert row.etag == f"{(source / key).stat().st_mtime_ns:x}"
+        assert row.attempt == 1 and row.node and row.finished_at and row.seconds is not None
+        assert row.input_sha256 == hashlib.sha256(data).hexdigest()
+    assert files_of(source) == TREE, "the input was touched"
+    assert not list(output.parent.glob("[!io]*")), "something was written outside"
+
+
+@pytest.mark.parametrize("key", [*GOOD, *HOSTILE])
+def test_a_photograph_keeps_name_format_size_and_mode(tree: tuple[Path, Path], key: str) -> None:
+    _, output = tree
+    before, after = (Image.open(io.BytesIO(data)) for data in (TREE[key], (output / key).read_bytes()))
+    assert (after.format, after.size, after.mode) == (before.format, before.size, before.mode)
+    row = ledger_of(output)[key]
+    assert (row.status, row.error, row.output_key) == ("restored", None, key)
+    assert (row.format, row.mode, row.width, row.height) == (before.format, before.mode, *before.size)
+    assert row.change is not None and row.change > 0
+    assert row.sigma is not None and row.flips is not None and row.patches is not None and row.gray is not None
+
+
+@pytest.mark.parametrize("key", BROKEN)
+def test_a_bad_file_is_a_row_with_a_reason(tree: tuple[Path, Path], key: str) -> None:
+    row = ledger_of(tree[1])[key]
+    assert (row.status, row.error) == ("failed", BROKEN[key][1])
+    assert row.message and "\n" not in row.message
+    assert row.output_key is row.output_sha256 is None
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_pixels_are_those_of_the_network(tree: tuple[Path, Path], small_model: Models) -> None:
+    from restore_core.inference import Restorer
+
+    restorer = Restorer(checkpoint.read(str(small_model(1))))
+    for key in ("large.png", "old.bmp", "photo.tif", "one pixel.png"):
+        (expected,) = restorer([codec.decode(TREE[key]).pixels])
+        np.testing.assert_array_equal(codec.decode((tree[1] / key).read_bytes()).pixels, expected.pixels)
+
+
+def test_alpha_is_untouched(tree: tuple[Path, Path]) -> None:
+    before, after = (codec.decode(data) for data in (TREE["alpha.png"], (tree[1] / "alpha.png").read_bytes()))
+    np.testing.assert_array_equal(before.alpha, after.alpha)
+    assert not np.array_equal(before.pixels, after.pixels)
+
+
+def test_the_record_and_the_report_close(tree: tuple[Path, Path], small_model: Models) -> None:
+    output = tree[1]
+    record = json.loads((output / "_restore/run.json").read_text())
+    assert record["listed"] == len(TREE) == sum(record["statuses"].values())
+    assert record["statuses"] == {"failed": len(BROKEN), "restored": len(GOOD) + len(HOSTILE)}
+    assert record["errors"] == {"not_an_image": 2, "too_large": 1, "truncated": 2, "unsupported": 2}
+    assert record["model"]["sha256"] == checkpoint.read(str(small_model(1))).sha256
+    assert record["options"]["max_pixels"] == 100_000
+    page = (output / "_restore/report.html").read_text()
+    assert not re.search(r"(src|href)\s*=\s*[\"'](?!data:)", page), "the page needs another file"
+    assert "url(" not in page
+    assert "<script" not in page
+    assert page.count('alt="before"') == 12
+    for error in record["errors"]:
+        assert f"<td>{error}</td>" in page
+
+
+def test_keys_cannot_inject_html(tmp_path: Path, run: Run) -> None:
+    """As an example of a failure, as the caption of a sample and as the name of the input."""
+    source = write_tree(
+        tmp_path / "<script>in",
+        {"<script>alert(1)<b>.jpg": GOOD["a/face.jpg"], "<img onerror=x>.jpg": b"not a photograph"},
+    )
+    assert run(source, tmp_path / "out") == 0
+    page = (tmp_path / "out/_restore/report.html").read_text()
+    assert "&lt;script&gt;alert(1)" in page
+    assert "&lt;img onerror=x&gt;.jpg" in page
+    assert "<script" not in page and "<img onerror" not in page
+
+
+def test_separate_processes_give_the_same_bytes(tree: tuple[Path, Path], tmp_path: Path, small_model: Models) -> None:
+    """The plan for GPUs (decode, restore and write apart), on CPUs."""
+    from restore_core.pipelines.restoration import build_dataset, object_units
+    from restore_core.pipelines.stages import RestoreRun
+
+    source = LocalStorage(tree[0])
+    plan = RestoreRun(
+        input=source, output=LocalStorage(tmp_path), model=checkpoint.read(str(small_model(1))), device="cpu",
+        threads=1, max_pixels=100_000, strip_metadata=False,
+    )  # fmt: skip
+    rows = [
+        Row(key=item.key, size=item.size, etag=item.etag, model=plan.model.sha256, options="o", run_id="r")
+        for item in source.list()
+    ]
+    dataset = build_dataset(list(object_units(rows, 4)), plan, actors=1, batch_size=4, separate=True, gpus=0)
+    found = [row for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow") for row in
+             manifest.rows_of(table)]  # fmt: skip
+    assert files_of(tmp_path) == files_of(tree[1])
+    fused = ledger_of(tree[1])
+    assert len(found) == len(fused)
+    for row in found:
+        other = fused[row.key]
+        for name in (
+            "status",
+            "error",
+            "message",
+            "input_sha256",
+            "output_sha256",
+            "format",
+            "mode",
+            "width",
+            "height",
+        ):
+            assert getattr(row, name) == getattr(other, name), (row.key, name)
+        assert row.sigma == pytest.approx(other.sigma, rel=1e-4)
+
+
+# --- Started again -------------------------------------------------------------------------------------------------
+
+
+def times_of(root: Path) -> dict[str, int]:
+    return {key: (root / key).stat().st_mtime_ns for key in files_of(root)}
+
+
+def test_what_is_done_stays_done_and_what_has_changed_is_redone(
+    tmp_path: Path, run: Run, small_model: Models, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {f"{index}.jpg": encoded(photograph(12, 12, index)) for index in range(4)} | {"5.jpg": b"not a photograph"}
+    source, output = write_tree(tmp_path / "in", files), tmp_path / "out"
+
+    def changed_by(**options: Any) -> tuple[set[str], set[str]]:
+        """Files written, and keys with another attempt."""
+        before, rows = times_of(output), ledger_of(output) if output.exists() else {}
+        assert run(source, output, **{"workers": "1", **options}) == 0
+        after = times_of(output)
+        written = {key for key, at in after.items() if before.get(key) != at}
+        later = assert_closed(output, {item.key for item in LocalStorage(source).list()})
+        return written, {key for key, row in later.items() if key not in rows or rows[key].attempt != row.attempt}
+
+    good = {"0.jpg", "1.jpg", "2.jpg", "3.jpg"}
+    assert changed_by() == (good, {*good, "5.jpg"})
+    capsys.readouterr()
+    assert changed_by() == (set(), set())
+    assert "5 objects: 1 failed, 4 restored (5 by earlier runs)" in capsys.readouterr().out
+
+    (output / "0.jpg").unlink()
+    (source / "1.jpg").write_bytes(encoded(photograph(14, 14, 7)))
+    (source / "new.jpg").write_bytes(encoded(photograph(9, 9, 8)))
+    assert changed_by() == ({"0.jpg", "1.jpg", "new.jpg"},) * 2
+    assert ledger_of(output)["1.jpg"].width == 14
+    assert changed_by(retry_failed="truncated,read") == (set(), set())
+    assert changed_by(retry_failed="not_an_image") == (set(), {"5.jpg"})
+    assert ledger_of(output)["5.jpg"].attempt == 2
+
+    everything = {*good, "new.jpg"}
+    assert changed_by(strip_metadata=True) == (everything, {*everything, "5.jpg"})
+    assert changed_by(strip_metadata=True, model=small_model(2)) == (everything, {*everything, "5.jpg"})
+
+
+def test_too_many_failures_are_exit_code_1(tmp_path: Path, run: Run) -> None:
+    source = write_tree(tmp_path / "in", {"a.jpg": b"x", "b.jpg": b"", "c.jpg": GOOD["a/tiny.jpg"]})
+    assert run(source, tmp_path / "out") == 1
+    assert run(source, tmp_path / "out", max_failed_share=0.7) == 0
+    assert (tmp_path / "out/_restore/report.html").exists()
+
+
+def test_undamaged_photographs_are_copied_byte_for_byte(tmp_path: Path, run: Run) -> None:
+    """By a network that changes nothing: the tail is zero but for a gate that says all pixels survived."""
+    import torch
+
+    config = ResidualUNetConfig(channels=(4,), blocks=1)
+    model = build(config)
+    torch.nn.init.zeros_(model.tail.weight)
+    torch.nn.init.zeros_(model.tail.bias)
+    model.tail.bias.data[6] = 20.0
+    checkpoint.save(model, config, {}, tmp_path / "identity")
+    files = {key: GOOD[key] for key in ("a/face.jpg", "a/b/c/wide.webp", "grey.jpg", "alpha.png")}
+    source = write_tree(tmp_path / "in", files)
+    assert run(source, tmp_path / "out", tmp_path / "identity") == 0
+    rows = assert_closed(tmp_path / "out", set(files))
+    assert {key: row.status for key, row in rows.items()} == dict.fromkeys(files, "unchanged")
+    assert {row.change for row in rows.values()} == {0.0}
+    assert files_of(tmp_path / "out") == files
+
+
+def test_a_network_that_has_gone_bad_writes_nothing(tmp_path: Path, run: Run) -> None:
+    import torch
+
+    config = ResidualUNetConfig(channels=(4,), blocks=1)
+    model = build(config)
+    torch.nn.init.constant_(model.tail.bias, torch.nan)
+    checkpoint.save(model, config, {}, tmp_path / "spoilt")
+    source = write_tree(tmp_path / "in", {"a.jpg": GOOD["a/face.jpg"], "b.jpg": GOOD["a/tiny.jpg"]})
+    assert run(source, tmp_path / "out", tmp_path / "spoilt") == 1
+    rows = assert_closed(tmp_path / "out", {"a.jpg", "b.jpg"})
+    assert {(row.status, row.error) for row in rows.values()} == {("failed", "model")}
+
+
+# --- Places --------------------------------------------------------------------------------------------------------
+
+
+def test_a_bucket_becomes_another_prefix(s3: str, moto_client: "S3Client", run: Run) -> None:
+    files = {**HOSTILE, "deep/er/photo.png": GOOD["large.png"], "broken.jpg": b"", "folder/": b""}
+    for key, data in files.items():
+        moto_client.put_object(Bucket="photos", Key=f"raw/{key}", Body=data)
+    moto_client.put_object(Bucket="photos", Key="rawhide.jpg", Body=GOOD["a/face.jpg"])  # not under raw/
+    assert run("s3://photos/raw", "s3://photos/restored/2026") == 0
+    rows = ledger_of("s3://photos/restored/2026")
+    assert rows.keys() == files.keys() - {"folder/"}
+    for key, row in rows.items():
+        assert row.etag == moto_client.head_object(Bucket="photos", Key=f"raw/{key}")["ETag"].strip('"')
+        if key == "broken.jpg":
+            assert (row.status, row.error) == ("failed", "not_an_image")
+            continue
+        body = moto_client.get_object(Bucket="photos", Key=f"restored/2026/{key}")["Body"].read()
+        assert hashlib.sha256(body).hexdigest() == row.output_sha256
+    listed = {item.key for item in open_storage("s3://photos/restored/2026/").list()}
+    own = {key for key in listed if key.startswith("_restore/")}
+    assert listed - own == rows.keys() - {"broken.jpg"}
+    assert {"_restore/run.json", "_restore/report.html"} < own
+
+
+def test_a_folder_becomes_a_bucket_and_the_model_may_lie_there(
+    s3: str, moto_client: "S3Client", run: Run, tmp_path: Path, small_model: Models
+) -> None:
+    for file in small_model(1).iterdir():
+        moto_client.put_object(Bucket="photos", Key=f"models/mine/{file.name}", Body=file.read_bytes())
+    source = write_tree(tmp_path / "in", HOSTILE)
+    assert run(source, "s3://photos", "s3://photos/models/mine") == 0
+    rows = ledger_of("s3://photos")
+    assert rows.keys() == HOSTILE.keys()
+    for key, row in rows.items():
+        body = moto_client.get_object(Bucket="photos", Key=key)["Body"].read()
+        assert hashlib.sha256(body).hexdigest() == row.output_sha256
+
+
+def test_a_single_file_is_restored_alone(tmp_path: Path, run: Run) -> None:
+    source = write_tree(tmp_path / "in", {"me.jpg": GOOD["a/face.jpg"], "not me.jpg": GOOD["a/tiny.jpg"]})
+    assert run(source / "me.jpg", tmp_path / "out", workers="auto") == 0
+    assert_closed(tmp_path / "out", {"me.jpg"})
+
+
+# --- Parquet -------------------------------------------------------------------------------------------------------
+
+
+def dataset_table(count: int) -> pa.Table:
+    rows = [
+        sources.dataset_row(f"Person_{index % 3}/{index}.jpg", "train", encoded(photograph(10 + index, 12, index)))
+        for index in range(count)
+    ]
+    return pa.Table.from_pylist(rows, schema=sources.DATASET_SCHEMA)
+
+
+def test_our_own_dataset_comes_back_with_other_images(tmp_path: Path, run: Run) -> None:
+    table = dataset_table(7)
+    bad = pa.array([*table["image"].to_pylist()[:5], b"not a photograph", b"\xff\xd8\xff"], pa.binary())
+    table = table.set_column(3, sources.DATASET_SCHEMA.field("image"), bad)
+    (tmp_path / "in").mkdir()
+    pq.write_table(table, tmp_path / "in/train-00000.parquet", row_group_size=4)
+    assert run(tmp_path / "in", tmp_path / "out") == 0
+    rows = ledger_of(tmp_path / "out")
+    assert rows.keys() == set(table["key"].to_pylist())
+    parts = sorted((tmp_path / "out").glob("*.parquet"))
+    assert [part.name for part in parts] == ["train-00000-00000.parquet", "train-00000-00001.parquet"]
+    restored = pa.concat_tables(pq.read_table(part) for part in parts)
+    assert restored.schema.equals(table.schema)
+    assert restored.drop_columns("image").equals(table.drop_columns("image"))
+    assert restored["image"].to_pylist()[5:] == table["image"].to_pylist()[5:], "failed rows keep their bytes"
+    for key, before, after in zip(
+        table["key"].to_pylist()[:5], table["image"].to_pylist(), restored["image"].to_pylist(), strict=False
+    ):
+        assert rows[key].output_sha256 == hashlib.sha256(after).hexdigest()
+        assert rows[key].input_sha256 == hashlib.sha256(before).hexdigest()
+        assert Image.open(io.BytesIO(after)).size == Image.open(io.BytesIO(before)).size
+    assert [rows[key].error for key in table["key"].to_pylist()[5:]] == ["not_an_image", "truncated"]
+    times = {part: part.stat().st_mtime_ns for part in parts}
+    assert run(tmp_path / "in", tmp_path / "out") == 0
+    assert {part: part.stat().st_mtime_ns for part in parts} == times
+    parts[1].unlink()
+    assert run(tmp_path / "in", tmp_path / "out") == 0
+    assert parts[1].exists() and parts[0].stat().st_mtime_ns == times[parts[0]]
+    assert pa.concat_tables(pq.read_table(part) for part in parts).equals(restored)
+    assert ledger_of(tmp_path / "out").keys() == rows.keys()
+
+
+def test_the_hugging_face_layout_passes_through(tmp_path: Path, run: Run) -> None:
+    cells = [
+        {"bytes": GOOD["a/face.jpg"], "path": "face.jpg"},
+        None,
+        {"bytes": None, "path": "elsewhere.jpg"},
+        {"bytes": GOOD["alpha.png"], "path": None},
+    ]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table({"label": pa.array([3, 1, 2, 0], pa.int64()), "picture": pa.array(cells, kind)})
+    table = table.replace_schema_metadata({"huggingface": "{}"})
+    (tmp_path / "in/data").mkdir(parents=True)
+    pq.write_table(table, tmp_path / "in/data/train-0.parquet")
+    assert run(tmp_path / "in", tmp_path / "out", batch_size=2) == 0
+    rows = ledger_of(tmp_path / "out")
+    assert sorted(rows) == [f"data/train-0.parquet#{index}" for index in range(4)]
+    assert [rows[key].error for key in sorted(rows)] == [None, "not_an_image", "not_an_image", None]
+    restored = pq.read_table(tmp_path / "out/data/train-0.parquet")
+    assert restored.schema.equals(table.schema, check_metadata=True)
+    assert restored["label"].equals(table["label"])
+    after = restored["picture"].to_pylist()
+    assert after[1:3] == cells[1:3]
+    assert [after[0]["path"], after[3]["path"]] == ["face.jpg", None]
+    np.testing.assert_array_equal(codec.decode(after[3]["bytes"]).alpha, codec.decode(GOOD["alpha.png"]).alpha)
+    assert rows["data/train-0.parquet#0"].output_sha256 == hashlib.sha256(after[0]["bytes"]).hexdigest()
+
+
+# --- Deaths --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty photographs that take a few seconds together."""
+    files = {f"{index:02d}.jpg": encoded(photograph(200, 260, index)) for index in range(60)}
+    return write_tree(tmp_path_factory.mktemp("many") / "in", files)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(many: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The outputs of a run in which nothing happened."""
+    output = tmp_path_factory.mktemp("uninterrupted")
+    assert run(many, output, batch_size=4) == 0
+    return files_of(output)
+
+
+def test_a_worker_that_is_killed_costs_nothing(
+    tmp_path: Path, run: Run, many: Path, uninterrupted: dict[str, bytes]
+) -> None:
+    killed: list[int] = []
+
+    def kill() -> None:
+        wait_for(lambda: len(list(tmp_path.glob("*.jpg"))) >= 6)
+        killed.extend(descendants(os.getpid(), "RestoreUnit")[:1])
+        os.kill(killed[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    assert run(many, tmp_path, batch_size=4) == 0
+    thread.join()
+    assert killed
+    rows = assert_closed(tmp_path, set(uninterrupted))
+    assert {row.status for row in rows.values()} == {"restored"}
+    assert files_of(tmp_path) == uninterrupted
+
+
+def test_an_object_that_kills_its_worker_costs_only_itself(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from restore_core.pipelines import restoration
+
+    class Poisoned(restoration.RestoreUnit):
+        def __call__(self, unit: pa.Table) -> pa.Table:
+            if "poison.jpg" in unit["key"].to_pylist():
+                os._exit(1)
+            return super().__call__(unit)
+
+    monkeypatch.setattr(restoration, "RestoreUnit", Poisoned)
+    files = {f"{index}.jpg": GOOD["a/tiny.jpg"] for index in range(8)} | {"poison.jpg": GOOD["a/face.jpg"]}
+    source = write_tree(tmp_path / "in", files)
+    assert run(source, tmp_path / "out", batch_size=3) == 0
+    rows = assert_closed(tmp_path / "out", set(files))
+    failed = [row for row in rows.values() if row.status == "failed"]
+    assert [(row.key, row.error) for row in failed] == [("poison.jpg", "decode")]
+    assert "died twice" in str(failed[0].message)
+
+
+def start(*arguments: object, **environment: str) -> "subprocess.Popen[str]":
+    """The command as a user gives it, with a Ray of its own."""
+    return subprocess.Popen(
+        [sys.executable, ROOT / "jobs/restore_bucket.py", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_a_driver_that_is_killed_goes_on_where_it_was(
+    tmp_path: Path, run: Run, many: Path, uninterrupted: dict[str, bytes], small_model: Models
+) -> None:
+    process = start("--input", many, "--output", tmp_path, "--model", small_model(1), "--batch-size", 4)
+    try:
+        wait_for(lambda: process.poll() is not None or len(list(tmp_path.glob("*.jpg"))) >= 8)
+    finally:
+        process.kill()
+        process.communicate()
+    done = len(list(tmp_path.glob("*.jpg")))
+    assert 8 <= done < 60, "it was not in the middle"
+    assert run(many, tmp_path, batch_size=4) == 0
+    rows = assert_closed(tmp_path, set(uninterrupted))
+    assert {row.status for row in rows.values()} == {"restored"}
+    assert files_of(tmp_path) == uninterrupted
+
+
+def test_the_command_itself(tmp_path: Path, small_model: Models) -> None:
+    source = write_tree(tmp_path / "in", {"a/me.jpg": GOOD["a/face.jpg"], "bad.jpg": b"?"})
+    process = start("--input", source, "--output", tmp_path / "out", "--model", small_model(1), "--workers", 1)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "2 objects: 1 failed, 1 restored (0 by earlier runs)\nfailures: 1 not_an_image\n" in out
+    assert f"report: {tmp_path}/out/_restore/report.html\n" in out
+    assert_closed(tmp_path / "out", {"a/me.jpg", "bad.jpg"})
+    assert "Traceback" not in err
+
+
+# --- What cannot work ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, small_model: Models
+) -> Iterator[Callable[..., str]]:
+    """Call the CLI in this process on a good input with some options changed; it must refuse. Returns its one line."""
+    write_tree(tmp_path / "in", {"a.jpg": GOOD["a/tiny.jpg"]})
+
+    def call(**changed: object) -> str:
+        options = {"input": tmp_path / "in", "output": tmp_path / "out", "model": small_model(1), **changed}
+        arguments = [text for name, value in options.items() for text in ("--" + name.replace("_", "-"), str(value))]
+        monkeypatch.setattr(sys, "argv", ["restore_bucket.py", *arguments])
+        try:
+            code = command_line.run(restore_bucket.main, RestoreBucket)
+        except SystemExit as stop:
+            code = stop.code  # type: ignore[assignment]
+        out, err = capsys.readouterr()
+        assert code == 2
+        assert "Traceback" not in out + err
+        assert not (tmp_path / "out").exists()
+        return err
+
+    yield call
+    storage._client.cache_clear()
+
+
+def refused(text: str, *parts: object) -> None:
+    """One line, with the option, its value and what to do."""
+    assert text.startswith("error: --") and text.count("\n") == 1 and text.endswith("\n"), text
+    for part in parts:
+        assert str(part) in text
+
+
+def test_missing_and_empty_inputs_are_refused(command: Callable[..., str], tmp_path: Path) -> None:
+    refused(command(input=tmp_path / "nowhere"), f"--input {tmp_path}/nowhere", "no such file or folder; check")
+    (tmp_path / "empty").mkdir()
+    refused(command(input=tmp_path / "empty"), f"--input {tmp_path}/empty", "no files there; check")
+    refused(command(input="ftp://host/photos"), "--input ftp://host/photos", "use a local path or s3://")
+
+
+def test_outputs_over_inputs_are_refused(command: Callable[..., str], tmp_path: Path) -> None:
+    for output in (tmp_path / "in", tmp_path / "in/restored", tmp_path, tmp_path / "x/../in"):
+        refused(command(output=output), f"--output {output}", "choose another place")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    refused(command(output=tmp_path / "link/out"), "--output", "choose another place")
+    refused(command(output=tmp_path / "in/a.jpg"), "--output", "choose another place")
+    assert files_of(tmp_path / "in") == {"a.jpg": GOOD["a/tiny.jpg"]}
+
+
+def test_buckets_that_cannot_be_used_are_refused(
+    command: Callable[..., str], s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    refused(command(input="s3://no-such-bucket/raw"), "--input s3://no-such-bucket/raw", "no such bucket; check")
+    refused(command(output="s3://no-such-bucket/raw"), "--output s3://no-such-bucket/raw", "check the bucket's name")
+    refused(command(input="s3://photos/nothing"), "--input s3://photos/nothing", "no objects there; check")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    storage._client.cache_clear()
+    refused(command(input="s3://photos/raw"), "--input s3://photos/raw", "set AWS_ACCESS_KEY_ID")
+
+
+def test_models_that_cannot_be_used_are_refused(
+    command: Callable[..., str], tmp_path: Path, small_model: Models
+) -> None:
+    refused(command(model="no-such-model"), "--model no-such-model", "no bundled model", "use ")
+    half = write_tree(tmp_path / "half", {"config.json": (small_model(1) / "config.json").read_bytes()})
+    refused(command(model=half), f"--model {half}", "cannot read model.safetensors")
+    wrong = {path.name: path.read_bytes() for path in small_model(1).iterdir()}
+    config = json.loads(wrong["config.json"])
+    config["architecture"]["channels"] = [8, 24]
+    folder = write_tree(tmp_path / "wrong", {**wrong, "config.json": json.dumps(config).encode()})
+    refused(command(model=folder), f"--model {folder}", "does not fit config.json: tensor 'bottleneck.0.first.bias'")
+    cut = write_tree(tmp_path / "cut", {**wrong, "model.safetensors": wrong["model.safetensors"][:100]})
+    refused(command(model=cut), f"--model {cut}", "model.safetensors is damaged", "copy it again")
+
+
+def test_options_that_make_no_sense_are_refused(command: Callable[..., str]) -> None:
+    assert "--batch-size 0: use 1 or more" in command(batch_size=0)
+    assert "--workers many: use auto or a number" in command(workers="many")
+    assert "--workers 0: use auto or a number" in command(workers=0)
+    assert "--max-failed-share 2.0: use a share" in command(max_failed_share=2)
+    assert "--max-megapixels 0.0: use a number above 0" in command(max_megapixels=0)
+    assert "--no-such-option" in command(no_such_option=1)
+    assert "--device" in command(device="tpu")
+    refused(command(retry_failed="borken"), "--retry-failed borken", "not_an_image")
+
+
+def test_a_refused_option_is_one_line(command: Callable[..., str]) -> None:
+    refused(command(batch_size=0), "--batch-size 0: use 1 or more")
+
+
+def test_workers_and_devices_that_are_not_there_are_refused(command: Callable[..., str], local_ray: None) -> None:
+    refused(command(workers=99), "--workers 99: the cluster has 3 CPUs; use --workers 3")
+    refused(command(device="cuda"), "--device cuda: the cluster has 0 GPUs")
+
+
+def test_parquet_that_cannot_be_used_is_refused(command: Callable[..., str], tmp_path: Path) -> None:
+    for folder in ("twice", "columns", "broken"):
+        (tmp_path / folder).mkdir()
+    table = dataset_table(2)
+    pq.write_table(pa.concat_tables([table, table]), tmp_path / "twice/a.parquet")
+    refused(
+        command(input=tmp_path / "twice"), f"--input {tmp_path}/twice/a.parquet", "key 'Person_0/0.jpg' occurs twice"
+    )
+    pq.write_table(table.select(["key", "width"]), tmp_path / "columns/a.parquet")
+    refused(command(input=tmp_path / "columns"), f"--input {tmp_path}/columns/a.parquet", "columns are key, width")
+    (tmp_path / "broken/a.parquet").write_bytes(b"PAR1 or not")
+    refused(command(input=tmp_path / "broken"), f"--input {tmp_path}/broken/a.parquet", "not a readable Parquet file")
+
+
+def test_a_refusal_as_a_process(tmp_path: Path) -> None:
+    process = start("--input", tmp_path / "nowhere", "--output", tmp_path / "out")
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, "")
+    assert err == f"error: --input {tmp_path}/nowhere: no such file or folder; check the path\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_job_can_be_called_from_python() -> None:
+    with pytest.raises(UsageError, match="--batch-size 0"):
+        RestoreBucket(input="a", output="b", batch_size=0)

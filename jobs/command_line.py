@@ -11,7 +11,7 @@ from restore_core.errors import StorageError, UsageError
 
 Options = TypeVar("Options")
 
-DONE, TOO_MANY_FAILURES, UNUSABLE = 0, 1, 2
+DONE, TOO_MANY_FAILURES, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 
 
 def run(main: Callable[[Options], int], options: type[Options]) -> int:
@@ -23,6 +23,9 @@ def run(main: Callable[[Options], int], options: type[Options]) -> int:
     except (UsageError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return UNUSABLE
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
 
 
 def worker_count(text: str) -> int | None:

@@ -64,6 +64,8 @@ def main(job: PackDataset) -> int:
     splits = Splits(val_share=job.val_share, test_share=job.test_share, lists=people)
     options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(job).items()}
     result = pack(inputs, output, splits, options)
+    if not result.photographs and not result.broken:
+        raise UsageError(f"--input {' '.join(job.input)}: the archives there hold no files")
     if not result.photographs:
         key, error, message = result.broken[0]
         raise UsageError(

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from restore_core import codec
 from restore_core.errors import ItemError, UsageError
 from restore_core.storage import Storage, key_of
 
+TAR_BUFFER_BYTES = 8 * 2**20
 TRAIN, VALIDATION, TEST = "train", "val", "test"
 
 DATASET_SCHEMA = pa.schema(
@@ -101,20 +103,32 @@ def _try_read(storage: Storage, key: str) -> bytes | ItemError:
         return error
 
 
+class StrictHeader(tarfile.TarInfo):
+    """Takes only a block of zeros for an archive's end; tarfile by itself also a damaged or missing header."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} at byte {tarfile_.offset}") from error
+
+
 def _tar_members(storage: Storage, key: str) -> Iterator[Found]:
     filesystem, root = storage.filesystem()
     try:
-        with filesystem.open_input_file(f"{root}/{key}") as stream, tarfile.open(fileobj=stream, mode="r:*") as tar:
+        # Read front to back in large pieces: an archive on S3 takes few requests and is never held whole.
+        with (
+            filesystem.open_input_stream(f"{root}/{key}", compression=None, buffer_size=TAR_BUFFER_BYTES) as stream,
+            tarfile.open(fileobj=stream, mode="r|*", tarinfo=StrictHeader) as tar,
+        ):
             for member in tar:
                 if member.isfile():
                     content = tar.extractfile(member)
                     assert content is not None
                     yield Found(key_of(member.name), content.read())
-            # tarfile takes a damaged header for the end; the real end is a block of zeros.
-            assert tar.fileobj is not None
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                yield Found(key, ItemError("truncated", f"the archive breaks off at byte {tar.offset}"))
     except (tarfile.TarError, EOFError, OSError) as error:
         yield Found(key, ItemError("truncated", f"the archive cannot be read to its end: {error}"))
 

@@ -388,15 +388,19 @@ def test_shares_out_of_range_are_one_line(pack: Cli, source: Path, tmp_path: Pat
 
 
 def test_no_photographs_at_all(pack: Cli, tmp_path: Path) -> None:
-    """The list of what is wrong with each file is written all the same; a dataset is not."""
     write_tree(tmp_path / "in", {"a.txt": b"hello", "b/c.jpg": encoded(1, 64, 64)[:-300]})
-    code, _, err = pack("--input", tmp_path / "in", "--output", tmp_path / "out")
-    assert code == 2
-    assert err == f"error: --input {tmp_path}/in: none of the 2 files there is a photograph\n"
-    assert list((tmp_path / "out").glob("*.parquet")) == []
-    assert [(key, error) for key, error, _ in broken(tmp_path / "out")] == [
-        ("a.txt", "not_an_image"), ("b/c.jpg", "truncated"),
-    ]  # fmt: skip
+    code, out, err = pack("--input", tmp_path / "in", "--output", tmp_path / "out")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: --input {tmp_path}/in: none of the 2 files there is a photograph; ")
+    assert "the first, 'a.txt', is not_an_image: " in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_archive_without_files(pack: Cli, tmp_path: Path) -> None:
+    (tmp_path / "empty.tar").write_bytes(tar_of({}))
+    code, out, err = pack("--input", tmp_path / "empty.tar", "--output", tmp_path / "out")
+    assert (code, out) == (2, "") and err.startswith(f"error: --input {tmp_path}/empty.tar: ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_photographs_at_all_leave_an_older_dataset_alone(pack: Cli, source: Path, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import pytest
 import tyro
 from photos import people, write_tree
 
+from restore_core import manifest
+
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
@@ -74,3 +76,13 @@ def test_files_named_in_the_tree_exist() -> None:
     for line in tree.splitlines():
         if line.startswith("    "):
             assert (ROOT / line.split()[0]).exists(), line
+
+
+def test_every_column_of_the_ledger_is_explained() -> None:
+    table = README.split("## What lands where")[1].split("## ")[0]
+    for name in manifest.SCHEMA.names:
+        assert f"`{name}`" in table
+
+
+def test_the_quality_table_is_the_measured_one() -> None:
+    assert (ROOT / "benchmarks/quality/quality.md").read_text() in README

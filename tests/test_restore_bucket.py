@@ -76,6 +76,7 @@ HOSTILE = {
         ["a+b #1&c.jpg", "per%2Fcent%.jpg", "light \U0001f4a1.jpg", "..dots..in..it.jpg", "new\nline.jpg", "üml.JPG"]
     )
 }
+ON_S3 = {key: data for key, data in HOSTILE.items() if "\n" not in key}  # moto's server cannot store those
 BROKEN = {
     "broken/cut off.jpg": (GOOD["a/face.jpg"][: len(GOOD["a/face.jpg"]) // 2], "truncated"),
     "broken/cut off.png": (GOOD["large.png"][:5000], "truncated"),
@@ -167,7 +168,8 @@ def test_a_photograph_keeps_name_format_size_and_mode(tree: tuple[Path, Path], k
     assert (row.status, row.error, row.output_key) == ("restored", None, key)
     assert (row.format, row.mode, row.width, row.height) == (before.format, before.mode, *before.size)
     assert row.change is not None and row.change > 0
-    assert row.sigma is not None and row.flips is not None and row.patches is not None and row.gray is not None
+    assert row.sigma is not None and row.flips is not None and row.patches is not None
+    assert (row.gray is None) == (before.mode in ("L", "LA"))  # a grey file has no colour to lose
 
 
 @pytest.mark.parametrize("key", BROKEN)
@@ -258,7 +260,8 @@ def test_separate_processes_give_the_same_bytes(tree: tuple[Path, Path], tmp_pat
             "height",
         ):
             assert getattr(row, name) == getattr(other, name), (row.key, name)
-        assert row.sigma == pytest.approx(other.sigma, rel=1e-4)
+        assert (row.sigma is None) == (other.sigma is None)
+        assert row.sigma is None or row.sigma == pytest.approx(other.sigma, rel=1e-4)
 
 
 # --- Started again -------------------------------------------------------------------------------------------------
@@ -346,7 +349,7 @@ def test_a_network_that_has_gone_bad_writes_nothing(tmp_path: Path, run: Run) ->
 
 
 def test_a_bucket_becomes_another_prefix(s3: str, moto_client: "S3Client", run: Run) -> None:
-    files = {**HOSTILE, "deep/er/photo.png": GOOD["large.png"], "broken.jpg": b"", "folder/": b""}
+    files = {**ON_S3, "deep/er/photo.png": GOOD["large.png"], "broken.jpg": b"", "folder/": b""}
     for key, data in files.items():
         moto_client.put_object(Bucket="photos", Key=f"raw/{key}", Body=data)
     moto_client.put_object(Bucket="photos", Key="rawhide.jpg", Body=GOOD["a/face.jpg"])  # not under raw/
@@ -371,10 +374,10 @@ def test_a_folder_becomes_a_bucket_and_the_model_may_lie_there(
 ) -> None:
     for file in small_model(1).iterdir():
         moto_client.put_object(Bucket="photos", Key=f"models/mine/{file.name}", Body=file.read_bytes())
-    source = write_tree(tmp_path / "in", HOSTILE)
+    source = write_tree(tmp_path / "in", ON_S3)
     assert run(source, "s3://photos", "s3://photos/models/mine") == 0
     rows = ledger_of("s3://photos")
-    assert rows.keys() == HOSTILE.keys()
+    assert rows.keys() == ON_S3.keys()
     for key, row in rows.items():
         body = moto_client.get_object(Bucket="photos", Key=key)["Body"].read()
         assert hashlib.sha256(body).hexdigest() == row.output_sha256
@@ -498,11 +501,16 @@ def test_an_object_that_kills_its_worker_costs_only_itself(
 ) -> None:
     from restore_core.pipelines import restoration
 
-    class Poisoned(restoration.RestoreUnit):
+    class Poisoned:
+        def __init__(self, *arguments: Any) -> None:
+            from restore_core.pipelines.restoration import RestoreUnit  # in the worker, where nothing is patched
+
+            self.restore = RestoreUnit(*arguments)
+
         def __call__(self, unit: pa.Table) -> pa.Table:
             if "poison.jpg" in unit["key"].to_pylist():
                 os._exit(1)
-            return super().__call__(unit)
+            return self.restore(unit)
 
     monkeypatch.setattr(restoration, "RestoreUnit", Poisoned)
     files = {f"{index}.jpg": GOOD["a/tiny.jpg"] for index in range(8)} | {"poison.jpg": GOOD["a/face.jpg"]}

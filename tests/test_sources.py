@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import logging
 import math
 from pathlib import Path
 
@@ -143,6 +144,18 @@ def test_names_in_an_archive_that_are_not_utf8_can_be_packed(tmp_path: Path) -> 
     assert isinstance(found.data, bytes)
     row = dataset_row(found.key, split_of(group_of(found.key), 0.1, 0.1), found.data)
     pa.Table.from_pylist([row], schema=DATASET_SCHEMA)
+
+
+def test_an_archive_on_s3_takes_few_requests(s3: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Each costs a round trip and money. Read from the log of the S3 server."""
+    place = open_storage("s3://photos/in/")
+    files = people(40)
+    place.write("lfw.tar", tar_of(files))
+    caplog.set_level(logging.INFO)
+    caplog.clear()
+    assert good(list(photographs(place))) == files
+    requests = [record for record in caplog.records if "/photos/in/lfw.tar" in record.getMessage()]
+    assert 1 <= len(requests) < 8
 
 
 # --- People and splits -----------------------------------------------------------------------------------------------

@@ -365,7 +365,8 @@ def _samples(
     """Some restored photographs, spread over the ledger, before and after."""
     small = pa.compute.less(pa.compute.multiply(table["width"], table["height"]), SAMPLE_PIXELS)
     restored = table.filter(pa.compute.and_(pa.compute.equal(table["status"], "restored"), small))
-    rows = manifest.rows_of(restored.take(list(range(0, len(restored), max(1, len(restored) // SAMPLES)))[:SAMPLES]))
+    spread = range(0, len(restored), max(1, len(restored) // SAMPLES))[:SAMPLES]
+    rows = manifest.rows_of(restored.take(pa.array(spread, pa.int64())))
     samples = []
     for row in rows:
         with contextlib.suppress(ItemError):  # deleted in the meantime, say: then the page has one picture less

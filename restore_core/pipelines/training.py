@@ -226,9 +226,8 @@ def _dataset(run: TrainRun) -> ray.data.Dataset:
 
     with filesystem.open_input_file(files[0]) as handle:
         columns = sources.dataset_columns(pa.parquet.read_schema(handle))
-    return ray.data.read_parquet(files, filesystem=filesystem, columns=columns).map_batches(
-        decode, batch_format="pyarrow", batch_size=64
-    )
+    dataset = ray.data.read_parquet(files, filesystem=filesystem).select_columns(columns)
+    return dataset.map_batches(decode, batch_format="pyarrow", batch_size=64)
 
 
 def _in_order() -> ray.data.ExecutionOptions:

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo check test clean
+.PHONY: demo check test test-slow clean
 
 demo: .venv/installed
 	$(BIN)/python jobs/demo.py
@@ -15,6 +15,9 @@ check: .venv/installed-dev
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+
+test-slow: .venv/installed-dev
+	$(BIN)/python -m pytest -m slow
 
 clean:
 	rm -rf .venv demo *.egg-info

@@ -204,6 +204,7 @@ def test_a_worker_that_is_killed_is_replaced_and_no_epoch_is_doubled(run: Run, t
     assert epochs_of(folder) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_killed_goes_on_where_it_was(data: Path, run: Run, tmp_path: Path) -> None:
     """The weights too are those of a run in which nothing happened."""
     options = ["--data", data, "--storage", tmp_path, "--preset", "smoke", "--schedule", "32:4", "--workers", 1]

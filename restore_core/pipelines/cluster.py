@@ -29,7 +29,7 @@ def quiet_data() -> None:
     """The jobs print their own progress; Ray Data's would be a page every few seconds."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def connect(*, dashboard: bool = False) -> None:

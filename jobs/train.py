@@ -30,6 +30,9 @@ class Train:
     """Name of the run, a folder in --storage."""
     preset: Literal["faces", "origin", "smoke"] = "faces"
     """Network and training plan; see PRESETS in restore_core/config.py."""
+    init: str | None = None
+    """Start from this model's weights, to fine-tune it: a bundled name, or the path or URI of a model folder. Its
+    network is trained then, whatever the preset's is."""
     schedule: str | None = None
     """SIZE:EPOCHS,SIZE:EPOCHS,...: side of the training samples in pixels, and passes over the photographs."""
     batch_size: int | None = None
@@ -63,6 +66,7 @@ class Train:
 
 def main(job: Train) -> int:
     config = job.config()
+    from restore_core import checkpoint
     from restore_core.storage import open_storage, overlaps, require_readable, require_writable
 
     data = open_storage(job.data, option="--data")
@@ -71,11 +75,14 @@ def main(job: Train) -> int:
     if overlaps(data, storage):
         raise UsageError(f"--storage {job.storage}: lies inside --data {data.uri}; choose another place")
     require_writable(storage, "--storage")
+    initial = checkpoint.read(job.init, option="--init") if job.init is not None else None
+    if initial:
+        config = dataclasses.replace(config, model=initial.architecture)
     from restore_core import report
     from restore_core.pipelines import training
 
     folder = storage.child(job.name)
-    photographs = training.prepare(config, data, folder)
+    photographs = training.prepare(config, data, folder, initial)
     print(f"{photographs} photographs, {config.epochs} epochs, run folder {folder.uri}", flush=True)
     try:
         trained = training.train(
@@ -83,6 +90,7 @@ def main(job: Train) -> int:
             data,
             folder,
             photographs,
+            initial=initial,
             name=job.name,
             workers=command_line.worker_count(job.workers),
             device=job.device,

@@ -55,19 +55,19 @@ def save(model: nn.Module, architecture: ModelConfig, card: dict[str, Any], fold
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def parse(name: str, weights: bytes, config: bytes) -> ModelFolder:
+def parse(name: str, weights: bytes, config: bytes, option: str = "--model") -> ModelFolder:
     """Check the bytes of a model folder. Raises UsageError naming the file and what is wrong with it."""
     try:
         values = json.loads(config)
     except ValueError as error:
-        raise UsageError(f"--model {name}: {CONFIG_FILE} is not JSON ({error}); restore the file") from error
+        raise UsageError(f"{option} {name}: {CONFIG_FILE} is not JSON ({error}); restore the file") from error
     if not isinstance(values, dict) or not isinstance(values.get("architecture"), dict):
-        raise UsageError(f"--model {name}: {CONFIG_FILE} has no 'architecture'; restore the file")
+        raise UsageError(f"{option} {name}: {CONFIG_FILE} has no 'architecture'; restore the file")
     folder = ModelFolder(name, weights, values)
     try:
         _ = folder.architecture
     except UsageError as error:
-        raise UsageError(f"--model {name}: {CONFIG_FILE}: {error}") from error
+        raise UsageError(f"{option} {name}: {CONFIG_FILE}: {error}") from error
     load(folder)  # tensors that do not fit are found here, before a cluster starts
     return folder
 
@@ -93,24 +93,24 @@ def load(folder: ModelFolder, device: torch.device | str = "cpu") -> nn.Module:
     return model.to(device).eval()
 
 
-def read(name_or_uri: str) -> ModelFolder:
+def read(name_or_uri: str, option: str = "--model") -> ModelFolder:
     """A bundled model by name, or the model folder at a path or URI. Raises UsageError naming what is missing."""
     if name_or_uri in bundled_names():
-        storage = open_storage(BUNDLED / name_or_uri, option="--model")
+        storage = open_storage(BUNDLED / name_or_uri, option=option)
     elif "/" not in name_or_uri and not Path(name_or_uri).exists():
         raise UsageError(
-            f"--model {name_or_uri}: no bundled model and no folder of that name; "
+            f"{option} {name_or_uri}: no bundled model and no folder of that name; "
             f"use {', '.join(bundled_names())}, a path or a URI"
         )
     else:
-        storage = open_storage(name_or_uri, option="--model")
-    files = []
+        storage = open_storage(name_or_uri, option=option)
+    files: dict[str, bytes] = {}
     for file in (WEIGHTS_FILE, CONFIG_FILE):
         try:
-            files.append(storage.read(file))
+            files[file] = storage.read(file)
         except ItemError as error:
             raise UsageError(
-                f"--model {name_or_uri}: cannot read {file} there ({error.message}); "
+                f"{option} {name_or_uri}: cannot read {file} there ({error.message}); "
                 f"a model folder holds {WEIGHTS_FILE} and {CONFIG_FILE}"
             ) from error
-    return parse(name_or_uri, *files)
+    return parse(name_or_uri, files[WEIGHTS_FILE], files[CONFIG_FILE], option)

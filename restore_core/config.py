@@ -106,12 +106,12 @@ class OptimizerConfig:
     """Decoupled weight decay (Loshchilov 2019)."""
     warmup_steps: int = 200
     """Optimizer steps of linear warm-up."""
-    clip_norm: float = 1.0
+    clip_norm: float = 10.0
     """Gradients of a larger norm are scaled down to it."""
     ema_decay: float = 0.999
     """Decay of the weights' moving average, which is what is evaluated and shipped; 0 is no averaging."""
-    gate_weight: float = 0.1
-    """Weight of the cross-entropy of the survival gate beside the L1 loss."""
+    gate_weight: float = 1.0
+    """Weight of the cross-entropy of the survival gate beside the logarithmic image loss."""
 
     def __post_init__(self) -> None:
         require(
@@ -161,6 +161,8 @@ class TrainConfig:
     """Photographs are brought to at most this many pixels a side before random crops are taken from them."""
     crop_min: float = 0.45
     """Smallest side of a random crop, as a share of the photograph's shorter side."""
+    central_share: float = 0.75
+    """Share of the samples cut around the middle, where an aligned photograph has its face; the others anywhere."""
     val_size: int = 64
     """Side of the validation samples, pixels."""
     val_images: int = 64
@@ -172,6 +174,7 @@ class TrainConfig:
         for name in ("batch_size", "canvas", "val_size", "val_images"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
         require(0 < self.crop_min <= 1, "crop_min", self.crop_min, "use a share above 0, up to 1")
+        require(0 <= self.central_share <= 1, "central_share", self.central_share, "use a share from 0 to 1")
 
     @property
     def epochs(self) -> int:
@@ -229,6 +232,7 @@ PRESETS: dict[str, TrainConfig] = {
     "faces": TrainConfig(
         model=ResidualUNetConfig(channels=(24, 48, 96, 192, 256), blocks=1),
         phases=parse_schedule("48:18,96:2,128:2"),
+        batch_size=16,
     ),
 }
 """What `jobs/train.py --preset` takes; `--schedule`, `--batch-size`, `--learning-rate` and `--seed` change one part."""

@@ -7,7 +7,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ STATE_TENSORS = "state.safetensors"
 STATE_FILE = "state.json"
 LOSS_CHECK_STEPS = 20  # reading the loss waits for the device, so not at every step
 CENTRAL_CROP = 0.64  # share of the shorter side: the central 160 of LFW's 250 pixels, which the face fills
+CENTRAL_JITTER = 0.1  # of that side: how far size and place of the central training crops vary
+LOSS_FLOOR = 1e-5  # mean squared error (values 0..1) of 50 dB; nearer to the truth there is hardly more to gain
 VALIDATION: dict[str, dict[str, float]] = {
     "clean": {},
     "noise_25": {"sigma_255": 25},
@@ -105,6 +107,11 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         """One row per finished epoch."""
 
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin with the weights of a finished network of the same architecture instead of random ones."""
+        self.model.load_state_dict(weights)
+        self.average.load_state_dict(weights)
+
     # --- training
 
     def train_epoch(self, batches: Iterable[Photographs]) -> dict[str, float]:
@@ -148,7 +155,7 @@ class Trainer:
             group["lr"] = config.learning_rate * self._schedule()
         seeds = [seed_of(self.config.seed, "train", self.epoch, key) for key in batch.keys]
         generator = Generator(seeds, self.device)
-        clean = random_crops(batch, size, self.config.crop_min, generator)
+        clean = random_crops(batch, size, self.config.crop_min, self.config.central_share, generator)
         damaged, destroyed = degrade(clean, draw_damage(self.config.damage, generator), generator)
         loss = self.loss(self._predict(self.distributed, damaged), clean, destroyed)
         self.optimizer.zero_grad(set_to_none=True)
@@ -160,8 +167,13 @@ class Trainer:
         return loss.detach()
 
     def loss(self, prediction: Prediction, clean: Tensor, destroyed: Tensor) -> Tensor:
-        """L1 between restored and clean, and the cross-entropy of the survival gate where the network has one."""
-        loss = F.l1_loss(prediction.image.float(), clean.float() / 255)
+        """Each image's log root mean squared error, and the cross-entropy of the survival gate where there is one.
+
+        The logarithm of the error is PSNR, but for sign and scale (NAFNet, Chen 2022, trains on it): an image that is
+        nearly right counts as much as one that is far off, whose error would otherwise drown it.
+        """
+        error = prediction.image.float() - clean.float() / 255
+        loss = 0.5 * torch.log(error.square().mean(dim=(1, 2, 3)) + LOSS_FLOOR).mean()
         if prediction.survival is not None:
             gate = F.binary_cross_entropy_with_logits(prediction.survival.float(), (~destroyed).float())
             loss = loss + self.config.optimizer.gate_weight * gate
@@ -273,13 +285,25 @@ class Trainer:
 # --- Samples from photographs --------------------------------------------------------------------------------------
 
 
-def random_crops(batch: Photographs, size: int, crop_min: float, generator: Generator) -> Tensor:
-    """A random square of each photograph, mirrored half of the time, as uint8 [B, 3, size, size] on the device."""
+def random_crops(batch: Photographs, size: int, crop_min: float, central_share: float, generator: Generator) -> Tensor:
+    """A random square of each photograph, mirrored half of the time, as uint8 [B, 3, size, size] on the device.
+
+    With probability `central_share` it is the central crop, give or take; else its side is `crop_min` to 1 of the
+    photograph's shorter side, and it lies anywhere.
+    """
     device = generator.seeds.device
     height, width = _sides(batch, device)
-    draw = generator.uniform(4)
-    side = (torch.minimum(height, width) * (crop_min + (1 - crop_min) * draw[:, 0])).clamp(min=1)
-    top, left = (height - side) * draw[:, 1], (width - side) * draw[:, 2]
+    draw = generator.uniform(5)
+    shorter = torch.minimum(height, width)
+    jitter = (2 * draw[:, :3] - 1) * CENTRAL_JITTER  # [B, 3] of side, top and left
+    central = draw[:, 4] < central_share
+    share = torch.where(central, CENTRAL_CROP * (1 + jitter[:, 0]), crop_min + (1 - crop_min) * draw[:, 0])
+    side = (shorter * share).clamp(min=1)
+    room = height - side, width - side
+    top, left = (
+        torch.where(central, (space / 2 + side * jitter[:, axis]).clamp(min=0).minimum(space), space * draw[:, axis])
+        for axis, space in enumerate(room, start=1)
+    )
     return resize_crops(batch, size, top, left, side, mirrored=draw[:, 3] < 0.5)
 
 

@@ -41,6 +41,7 @@ class TrainRun:
     config: TrainConfig
     data: Storage
     folder: Storage
+    initial: checkpoint.ModelFolder | None
     workers: int
     threads: int
     photographs: int
@@ -60,7 +61,7 @@ class Trained:
     """For each fixed damage: name, damaged and restored samples, uint8 [B, 3, S, S]."""
 
 
-def prepare(config: TrainConfig, data: Storage, folder: Storage) -> int:
+def prepare(config: TrainConfig, data: Storage, folder: Storage, initial: checkpoint.ModelFolder | None) -> int:
     """Check data and run folder before Ray starts. Returns the number of training photographs. Raises UsageError."""
     photographs = sources.count_split(data, "--data", sources.TRAIN)
     if photographs < config.batch_size:
@@ -70,7 +71,7 @@ def prepare(config: TrainConfig, data: Storage, folder: Storage) -> int:
         )
     if not sources.count_split(data, "--data", sources.VALIDATION):
         raise UsageError(f"--data {data.uri}: no photographs in split 'val'; pack again with a larger --val-share")
-    options = _options(config, data)
+    options = _options(config, data, initial)
     if folder.exists(OPTIONS_FILE):
         older = json.loads(folder.read(OPTIONS_FILE))
         for name, value in options.items():
@@ -88,12 +89,14 @@ def train(
     folder: Storage,
     photographs: int,
     *,
+    initial: checkpoint.ModelFolder | None,
     name: str,
     workers: int | None,
     device: cluster.Device,
 ) -> Trained:
     """Train to the end of the schedule, or go on where a run of the same folder stopped.
 
+    A new run starts from the weights of `initial`, whose architecture is the config's, or from random ones.
     Raises DivergedError when the loss stops being finite, UsageError when the cluster is too small.
     """
     cluster.connect(dashboard=True)  # Ray Train's own clean-up asks it which workers live
@@ -107,8 +110,16 @@ def train(
     if config.batch_size % count:
         raise UsageError(f"--batch-size {config.batch_size}: not a multiple of the {count} workers; choose a multiple")
     threads = max(1, cluster.cpus_per_node() // min(count, cluster.cpus_per_node()))
-    run = TrainRun(config=config, data=data, folder=folder, workers=count, threads=threads, photographs=photographs)
-    folder.write(OPTIONS_FILE, json.dumps(_options(config, data), indent=2).encode())
+    run = TrainRun(
+        config=config,
+        data=data,
+        folder=folder,
+        initial=initial,
+        workers=count,
+        threads=threads,
+        photographs=photographs,
+    )
+    folder.write(OPTIONS_FILE, json.dumps(_options(config, data, initial), indent=2).encode())
     filesystem, path = folder.filesystem()
     result = ray.train.torch.TorchTrainer(
         _worker,
@@ -154,6 +165,8 @@ def _worker(loop_config: dict[str, Any]) -> str | None:
     if resumed := ray.train.get_checkpoint():
         with resumed.as_directory() as folder:
             trainer.load_state(Path(folder))
+    elif run.initial:
+        trainer.start_from(checkpoint.load(run.initial).state_dict())
     first = ray.train.get_context().get_world_rank() == 0
     held_out = _held_out(run) if first else None
     shard = ray.train.get_dataset_shard("train")
@@ -255,6 +268,7 @@ def _finish(run: TrainRun, state: Path, cuda: bool) -> Trained:
             "minutes": round(sum(row["seconds"] for row in history) / 60, 1),
             "photographs": run.photographs,
             "samples": trainer.steps * config.batch_size,
+            "started_from": _identity(run.initial),
             "config": to_dict(config),
         },
         "parameters": count_parameters(trainer.average),
@@ -297,8 +311,12 @@ def _hardware(cuda: bool) -> str:
     return f"{gpus} x {' / '.join(cards)}" if cuda else f"{cpus} CPUs in the cluster; driver on {provenance.cpu()}"
 
 
-def _options(config: TrainConfig, data: Storage) -> dict[str, Any]:
-    return {"config": to_dict(config), "data": data.uri}
+def _options(config: TrainConfig, data: Storage, initial: checkpoint.ModelFolder | None) -> dict[str, Any]:
+    return {"config": to_dict(config), "data": data.uri, "init": _identity(initial)}
+
+
+def _identity(model: checkpoint.ModelFolder | None) -> dict[str, str] | None:
+    return {"name": model.name, "sha256": model.sha256} if model else None
 
 
 def _first_difference(older: object, newer: object, name: str) -> str:

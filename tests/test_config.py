@@ -71,6 +71,7 @@ BAD = [
     (TrainConfig, "val_images", 0, "--val-images 0: use 1 or more"),
     (TrainConfig, "crop_min", 0, "--crop-min 0: use a share above 0, up to 1"),
     (TrainConfig, "crop_min", 1.01, "--crop-min 1.01: use a share above 0, up to 1"),
+    (TrainConfig, "central_share", 1.01, "--central-share 1.01: use a share from 0 to 1"),
 ]
 
 

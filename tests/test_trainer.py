@@ -26,7 +26,8 @@ from restore_core.config import (
 )
 from restore_core.degradations import Generator, seed_of
 from restore_core.errors import DivergedError
-from restore_core.trainer import VALIDATION, Photographs, Trainer, central_crops, random_crops, resize_crops
+from restore_core.model import Prediction
+from restore_core.trainer import LOSS_FLOOR, VALIDATION, Photographs, Trainer, central_crops, random_crops, resize_crops
 from tests import photos
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -432,7 +433,7 @@ def test_fixed_damages_are_what_their_names_say() -> None:
         assert np.array_equal(image[1].numpy(), np.asarray(luma))
 
 
-def test_loss_is_l1_plus_the_weighted_cross_entropy_of_the_gate() -> None:
+def test_loss_is_the_log_error_plus_the_weighted_cross_entropy_of_the_gate() -> None:
     trainer = Trainer(TINY, 1)
     clean = torch.full((1, 3, 2, 2), 51, dtype=torch.uint8)
     destroyed = torch.tensor([[[[True, False], [False, False]]]])
@@ -440,9 +441,23 @@ def test_loss_is_l1_plus_the_weighted_cross_entropy_of_the_gate() -> None:
     survived = 1 / (1 + math.exp(-2.0))
     cross_entropy = -(3 * math.log(survived) + math.log(1 - survived)) / 4
     prediction = trainer.model(torch.zeros(1, 3, 2, 2))._replace(image=restored, survival=survival)
-    assert trainer.loss(prediction, clean, destroyed).item() == pytest.approx(0.3 + 0.1 * cross_entropy, abs=1e-6)
+    error = 0.5 * math.log(0.3**2 + 1e-5)
+    weight = TINY.optimizer.gate_weight
+    assert trainer.loss(prediction, clean, destroyed).item() == pytest.approx(error + weight * cross_entropy, abs=1e-6)
     ungated = prediction._replace(survival=None)
-    assert trainer.loss(ungated, clean, destroyed).item() == pytest.approx(0.3, abs=1e-6)
+    assert trainer.loss(ungated, clean, destroyed).item() == pytest.approx(error, abs=1e-6)
+
+
+def test_loss_is_the_mean_psnr_but_for_scale() -> None:
+    """A good image beside a bad one: the mean of the logarithms, not the logarithm of the mean."""
+    trainer = Trainer(TINY, 1)
+    clean = torch.full((2, 3, 4, 4), 102, dtype=torch.uint8)
+    restored = torch.full((2, 3, 4, 4), 0.4)
+    restored[0] += 0.02
+    restored[1] += 0.2
+    loss = trainer.loss(Prediction(restored, None), clean, torch.zeros(2, 1, 4, 4, dtype=torch.bool)).item()
+    mean_psnr = (-20 * math.log10(0.02) - 20 * math.log10(0.2)) / 2
+    assert loss == pytest.approx(-mean_psnr * math.log(10) / 20, abs=0.01)
 
 
 # --- Samples ---------------------------------------------------------------------------------------------------------
@@ -513,20 +528,24 @@ def test_read_only_pixels_are_taken_as_they_are() -> None:
     assert central_crops(data, 16).shape == (2, 3, 16, 16)
 
 
-def test_random_crops_are_uniform_mirrored_half_of_the_time_and_stay_inside() -> None:
-    """Read back from photographs whose red is the column, green the row, and whose blue is 255 only outside."""
-    count, height, width, crop_min = 400, 100, 140, 0.4
+def ramps(count: int, height: int, width: int) -> Photographs:
+    """Photographs whose red is the column, green the row, and whose blue is 255 only outside."""
     ramp = np.zeros((width, width, 3), np.uint8)
     ramp[..., 0], ramp[..., 1] = np.arange(width), np.arange(width)[:, None]
     ramp[height:, :, 2] = 255
-    data = Photographs(
+    return Photographs(
         [str(index) for index in range(count)],
         np.broadcast_to(ramp, (count, width, width, 3)),
         np.full(count, height, np.int32),
         np.full(count, width, np.int32),
     )
+
+
+def test_random_crops_are_uniform_mirrored_half_of_the_time_and_stay_inside() -> None:
+    count, height, width, crop_min = 400, 100, 140, 0.4
+    data = ramps(count, height, width)
     generator = Generator([seed_of(0, key) for key in data.keys])
-    crops = torch.cat([random_crops(data, 25, crop_min, generator)]).double()
+    crops = torch.cat([random_crops(data, 25, crop_min, 0.0, generator)]).double()
     assert crops[:, 2].max() == 0
     # between the centres of two inner pixels 20 apart lie 20/25 of the side
     across = (crops[:, 0, 12, 22] - crops[:, 0, 12, 2]) * 25 / 20
@@ -543,6 +562,20 @@ def test_random_crops_are_uniform_mirrored_half_of_the_time_and_stay_inside() ->
     assert abs(place[inner].mean().item() - 0.5) < 0.06 and place[inner].min() < 0.1 and place[inner].max() > 0.9
 
 
+def test_central_training_crops_vary_around_the_middle() -> None:
+    count, height, width = 400, 100, 140
+    data = ramps(count, height, width)
+    crops = random_crops(data, 25, 0.4, 1.0, Generator([seed_of(0, key) for key in data.keys])).double()
+    assert crops[:, 2].max() == 0
+    down = (crops[:, 1, 22, 12] - crops[:, 1, 2, 12]) * 25 / 20
+    assert (down - 64).abs().max() < 6.4 + 2.6  # a tenth of the central 64 rows, and rounding
+    assert down.min() < 60 and down.max() > 68
+    for channel, middle in ((0, width / 2), (1, height / 2)):
+        centre = crops[:, channel, 12, 12] + 0.5
+        assert (centre - middle).abs().max() < 7 + 2.6
+        assert abs(centre.mean().item() - middle) < 1 and centre.std() > 2
+
+
 @pytest.mark.parametrize("height_width", [(1, 1), (1, 7), (5, 2), (3, 3)], ids=str)
 def test_random_crops_of_tiny_photographs(height_width: tuple[int, int]) -> None:
     """However small the photograph: a plain one gives plain samples of its colour."""
@@ -550,7 +583,7 @@ def test_random_crops_of_tiny_photographs(height_width: tuple[int, int]) -> None
     count = 500
     colour = bytes([200, 100, 50]) * (height * width)
     data = Photographs.of([str(i) for i in range(count)], [colour] * count, [height] * count, [width] * count, 8)
-    crops = random_crops(data, 6, 0.45, Generator(list(range(count))))
+    crops = random_crops(data, 6, 0.45, 0.5, Generator(list(range(count))))
     assert torch.equal(crops, torch.tensor([200, 100, 50], dtype=torch.uint8).reshape(1, 3, 1, 1).expand_as(crops))
 
 
@@ -567,7 +600,7 @@ def test_central_crops_are_the_central_share(height_width: tuple[int, int]) -> N
 
 
 def test_training_damages_are_those_of_the_config() -> None:
-    """Without damages a network that changes nothing has no loss."""
+    """Without damages a network that changes nothing has no error: its loss is the floor."""
     config = dataclasses.replace(
         TINY,
         model=ResidualUNetConfig(channels=(4,), blocks=1, gate=False),
@@ -576,4 +609,4 @@ def test_training_damages_are_those_of_the_config() -> None:
     trainer = Trainer(config, 1)
     nn.init.zeros_(trainer.model.tail.weight)
     nn.init.zeros_(trainer.model.tail.bias)
-    assert trainer.step(photographs(4), 16).item() == 0
+    assert trainer.step(photographs(4), 16).item() == pytest.approx(0.5 * math.log(LOSS_FLOOR), abs=1e-5)

@@ -7,7 +7,6 @@ All randomness comes from a `Generator` made of one seed per image, so that what
 (run seed, key) alone: not on the batch, the worker, the device or the time.
 """
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
@@ -196,11 +195,6 @@ def degrade(images: Tensor, damage: Damage, generator: Generator) -> tuple[Tenso
         result = torch.where((kind == PATCHES) & painted, patch_colours, result)
         result = torch.where((kind == GRAY) & grayed, to_gray(result), result)
     return result, flipped | painted
-
-
-def select(damage: Damage, rows: slice) -> Damage:
-    """The damage of some images of the batch."""
-    return Damage(**{field.name: getattr(damage, field.name)[rows] for field in dataclasses.fields(damage)})
 
 
 def _add(images: Tensor, noise: Tensor) -> Tensor:

@@ -28,11 +28,11 @@ def moto_client() -> "Iterator[S3Client]":
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    storage._client.cache_clear()
+    storage.s3.s3_client.cache_clear()
     yield boto3.session.Session("test", "test-secret", region_name="us-east-1").client(
         "s3", endpoint_url=f"http://{host}:{port}"
     )
-    storage._client.cache_clear()
+    storage.s3.s3_client.cache_clear()
     server.stop()
 
 
@@ -40,7 +40,7 @@ def moto_client() -> "Iterator[S3Client]":
 def s3(moto_client: "S3Client", monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An S3 endpoint with one empty bucket, "photos"; the AWS_* variables point there. Yields the endpoint's URL.
 
-    Sub-processes (Ray's workers, the jobs) inherit the variables. Tests that change them clear `storage._client`.
+    Sub-processes (Ray's workers, the jobs) inherit the variables. Tests that change them clear `storage.s3.s3_client`.
     """
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_CONFIG_FILE", "AWS_REGION"):
         monkeypatch.delenv(name, raising=False)

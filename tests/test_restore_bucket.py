@@ -583,7 +583,7 @@ def command(
         return err
 
     yield call
-    storage._client.cache_clear()
+    storage.s3.s3_client.cache_clear()
 
 
 def refused(text: str, *parts: object) -> None:
@@ -618,7 +618,7 @@ def test_buckets_that_cannot_be_used_are_refused(
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    storage._client.cache_clear()
+    storage.s3.s3_client.cache_clear()
     refused(command(input="s3://photos/raw"), "--input s3://photos/raw", "set AWS_ACCESS_KEY_ID")
 
 

@@ -18,7 +18,6 @@ from restore_core.storage import (
     LocalStorage,
     S3Storage,
     Storage,
-    is_object,
     open_storage,
     overlaps,
     require_readable,
@@ -110,7 +109,7 @@ def test_a_single_file_is_opened_as_a_listing_of_one(root: Storage) -> None:
     require_readable(one, "--input")
     assert one.only == "photo.jpg" and keys(one) == ["photo.jpg"] and keys(one, "x") == []
     assert one.read("photo.jpg") == b"one"
-    assert is_object(root.join("sub/photo.jpg")) and not is_object(root.join("sub"))
+    assert open_storage(root.join("sub/photo.jpg")).only == "photo.jpg" and open_storage(root.join("sub")).only is None
     with pytest.raises(UsageError, match=r"--output .*sub/photo\.jpg: is an? (file|object); name a"):
         require_writable(one, "--output")
 
@@ -308,9 +307,9 @@ def test_file_uris_and_relative_paths(folder: LocalStorage, monkeypatch: pytest.
 @pytest.fixture
 def new_clients(s3: str) -> Iterator[None]:
     """For tests that change the AWS_* variables: clients are made anew, before and after."""
-    storage._client.cache_clear()
+    storage.s3.s3_client.cache_clear()
     yield
-    storage._client.cache_clear()
+    storage.s3.s3_client.cache_clear()
 
 
 # --- S3 --------------------------------------------------------------------------------------------------------------
@@ -341,18 +340,18 @@ def two_keys_a_page(params: dict[str, object], **_: object) -> dict[str, object]
 def test_s3_listing_goes_over_many_pages_and_stays_inside_the_prefix(s3: str) -> None:
     place = open_storage("s3://photos/in")
     open_storage("s3://photos/in2/").write("no.jpg", b"")
-    storage._client().meta.events.register("provide-client-params.s3.ListObjectsV2", two_keys_a_page)
+    storage.s3.s3_client().meta.events.register("provide-client-params.s3.ListObjectsV2", two_keys_a_page)
     try:
         for n in range(5):
             place.write(f"{n}.jpg", b"")
         assert keys(place) == [f"{n}.jpg" for n in range(5)]
     finally:
-        storage._client().meta.events.unregister("provide-client-params.s3.ListObjectsV2", two_keys_a_page)
+        storage.s3.s3_client().meta.events.unregister("provide-client-params.s3.ListObjectsV2", two_keys_a_page)
 
 
 def test_s3_content_type_is_stored(s3: str) -> None:
     open_storage("s3://photos").write("a.png", b"x", "image/png")
-    assert storage._client().head_object(Bucket="photos", Key="a.png")["ContentType"] == "image/png"
+    assert storage.s3.s3_client().head_object(Bucket="photos", Key="a.png")["ContentType"] == "image/png"
 
 
 def test_s3_folder_wins_over_an_object_of_the_same_name(s3: str) -> None:
@@ -415,7 +414,7 @@ def test_s3_denied(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
             "GetObject",
         )
 
-    client = storage._client()
+    client = storage.s3.s3_client()
     for name in ("get_object", "put_object", "head_object"):
         monkeypatch.setattr(client, name, denied)
     place = S3Storage("photos")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import skimage.data
+import torch
 from photos import write_tree
 from PIL import Image
 from processes import descendants, wait_for
@@ -32,6 +33,7 @@ pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_FILES = {"options.json", "metrics.csv", "loss.png", "samples.png", "model/model.safetensors", "model/config.json"}
+SCHEDULE = "32:4"
 Run = Callable[..., Path]
 
 
@@ -65,11 +67,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(local_ray: None, data: Path) -> Run:
     def start(storage: object, name: str = "run", *, code: int = 0, **options: Any) -> Path:
         job = Train(
-            data=str(data),
             storage=str(storage),
             name=name,
             device="cpu",
-            **{"preset": "smoke", "workers": "1", **options},
+            **{"data": str(data), "preset": "smoke", "workers": "1", **options},
         )
         assert train.main(job) == code
         return Path(str(storage)) / name
@@ -79,8 +80,8 @@ def run(local_ray: None, data: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def finished(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of the preset `smoke`. Read-only."""
-    return run(tmp_path_factory.mktemp("runs"), "first")
+    """The folder of a run of the preset `smoke` in which nothing happened. Read-only."""
+    return run(tmp_path_factory.mktemp("runs"), "first", schedule=SCHEDULE)
 
 
 def epochs_of(folder: Path) -> list[int]:
@@ -99,9 +100,9 @@ def last_row(folder: Path) -> dict[str, float]:
 def test_a_run_leaves_everything_behind(finished: Path) -> None:
     files = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
     assert files >= RUN_FILES
-    assert epochs_of(finished) == [1, 2]
+    assert epochs_of(finished) == [1, 2, 3, 4]
     options = json.loads((finished / "options.json").read_text())
-    assert options["config"]["phases"] == [{"size": 32, "epochs": 2}]
+    assert options["config"]["phases"] == [{"size": 32, "epochs": 4}]
     for name in ("loss.png", "samples.png"):
         with Image.open(finished / name) as image:
             image.load()
@@ -121,7 +122,7 @@ def test_the_card_says_where_the_weights_come_from(finished: Path) -> None:
     assert trained["minutes"] >= 0
     assert trained["workers"] == 1
     assert 8 <= trained["photographs"] < 40
-    assert trained["samples"] == 2 * 8 * (trained["photographs"] // 8)
+    assert trained["samples"] == 4 * 8 * (trained["photographs"] // 8)
     row = last_row(finished)
     assert card["validation"]["psnr_db"] == {name: round(row[f"psnr_{name}"], 2) for name in VALIDATION}
     assert card["validation"]["identity_psnr_db"].keys() == VALIDATION.keys()
@@ -138,20 +139,14 @@ def test_a_finished_run_returns_at_once_with_the_same_result(
     finished: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (finished / "model/model.safetensors").read_bytes(), (finished / "metrics.csv").read_bytes()
-    run(finished.parent, "first")
+    run(finished.parent, "first", schedule=SCHEDULE)
     assert f"model: {finished}/model\n" in capsys.readouterr().out
     assert ((finished / "model/model.safetensors").read_bytes(), (finished / "metrics.csv").read_bytes()) == before
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_one_others(finished: Path, run: Run, tmp_path: Path) -> None:
-    weights = (finished / "model/model.safetensors").read_bytes()
-    assert (run(tmp_path, "again") / "model/model.safetensors").read_bytes() == weights
-    assert (run(tmp_path, "other", seed=1) / "model/model.safetensors").read_bytes() != weights
-
-
 def test_two_workers_learn_as_one_does(finished: Path, run: Run, tmp_path: Path) -> None:
     """At an equal global batch; the workers see the samples in another order. Within 1 dB."""
-    two, one = last_row(run(tmp_path, "two", workers="2")), last_row(finished)
+    two, one = last_row(run(tmp_path, "two", workers="2", schedule=SCHEDULE)), last_row(finished)
     assert two["steps"] == pytest.approx(one["steps"], abs=2)  # the smaller share decides how often all can step
     for name in VALIDATION:
         assert two[f"psnr_{name}"] == pytest.approx(one[f"psnr_{name}"], abs=1.0), name
@@ -170,13 +165,22 @@ def test_a_loss_that_is_no_number_ends_the_run_with_one_line(
     assert not (folder / "model").exists()
 
 
-def test_storage_on_s3(s3: str, run: Run) -> None:
+def test_a_model_is_trained_on_with_everything_on_s3(s3: str, data: Path, finished: Path, run: Run) -> None:
+    """The network and the first weights are those of --init, read there; the run's folder is written there."""
     from restore_core.storage import open_storage
 
-    run("s3://photos/runs", "first", schedule="32:1")
-    place = open_storage("s3://photos/runs/first")
-    assert {item.key for item in place.list()} >= RUN_FILES
-    assert checkpoint.read("s3://photos/runs/first/model").architecture == PRESETS["smoke"].model
+    for source, prefix in ((data, "data"), (finished / "model", "models/mine")):
+        for path in source.glob("*.*"):
+            open_storage(f"s3://photos/{prefix}").write(path.name, path.read_bytes())
+    run("s3://photos/runs", "on", data="s3://photos/data", preset="faces", init="s3://photos/models/mine",
+        schedule="32:1", batch_size=8, learning_rate=1e-12)  # fmt: skip
+    assert {item.key for item in open_storage("s3://photos/runs/on").list()} >= RUN_FILES
+    before, after = checkpoint.read(str(finished / "model")), checkpoint.read("s3://photos/runs/on/model")
+    assert after.architecture == before.architecture == PRESETS["smoke"].model
+    weights = checkpoint.load(before).state_dict()
+    for name, tensor in checkpoint.load(after).state_dict().items():
+        assert torch.allclose(tensor, weights[name], atol=1e-6), name
+    assert after.config["trained"]["started_from"] == {"name": "s3://photos/models/mine", "sha256": before.sha256}
 
 
 # --- Deaths --------------------------------------------------------------------------------------------------------
@@ -187,7 +191,13 @@ def training_workers() -> list[int]:
     return descendants(os.getpid(), "RayTrainWorker")
 
 
-def test_a_worker_that_is_killed_is_replaced_and_no_epoch_is_doubled(run: Run, tmp_path: Path) -> None:
+def assert_the_same(folder: Path, finished: Path) -> None:
+    """Every epoch once, and the same weights bit for bit as when nothing happened."""
+    assert epochs_of(folder) == epochs_of(finished)
+    assert (folder / "model/model.safetensors").read_bytes() == (finished / "model/model.safetensors").read_bytes()
+
+
+def test_a_worker_that_is_killed_is_replaced_and_no_epoch_is_doubled(run: Run, finished: Path, tmp_path: Path) -> None:
     killed: list[int] = []
 
     def kill() -> None:
@@ -198,16 +208,14 @@ def test_a_worker_that_is_killed_is_replaced_and_no_epoch_is_doubled(run: Run, t
 
     thread = threading.Thread(target=kill)
     thread.start()
-    folder = run(tmp_path, schedule="32:6")
+    folder = run(tmp_path, schedule=SCHEDULE)
     thread.join()
     assert killed
-    assert epochs_of(folder) == [1, 2, 3, 4, 5, 6]
+    assert_the_same(folder, finished)
 
 
-@pytest.mark.slow
-def test_a_driver_that_is_killed_goes_on_where_it_was(data: Path, run: Run, tmp_path: Path) -> None:
-    """The weights too are those of a run in which nothing happened."""
-    options = ["--data", data, "--storage", tmp_path, "--preset", "smoke", "--schedule", "32:4", "--workers", 1]
+def test_a_driver_that_is_killed_goes_on_where_it_was(data: Path, finished: Path, run: Run, tmp_path: Path) -> None:
+    options = ["--data", data, "--storage", tmp_path, "--preset", "smoke", "--schedule", SCHEDULE, "--workers", 1]
     process = subprocess.Popen(
         [sys.executable, ROOT / "jobs/train.py", *map(str, options), "--name", "run", "--device", "cpu"],
         stdout=subprocess.DEVNULL,
@@ -220,10 +228,7 @@ def test_a_driver_that_is_killed_goes_on_where_it_was(data: Path, run: Run, tmp_
         process.kill()
         process.wait()
     assert not (tmp_path / "run/model").exists(), "it was not in the middle"
-    interrupted = run(tmp_path, schedule="32:4")
-    assert epochs_of(interrupted) == [1, 2, 3, 4]
-    whole = run(tmp_path, "whole", schedule="32:4")
-    assert (interrupted / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    assert_the_same(run(tmp_path, schedule=SCHEDULE), finished)
 
 
 # --- What cannot work ----------------------------------------------------------------------------------------------
@@ -231,9 +236,9 @@ def test_a_driver_that_is_killed_goes_on_where_it_was(data: Path, run: Run, tmp_
 
 def test_the_same_name_with_other_options_is_refused(finished: Path, run: Run) -> None:
     with pytest.raises(UsageError, match=r"^--name first: a run of that name exists with other options \(seed was 0"):
-        run(finished.parent, "first", seed=5)
+        run(finished.parent, "first", seed=5, schedule=SCHEDULE)
     with pytest.raises(UsageError, match=r"learning_rate was 0\.001, is now 0\.5"):
-        run(finished.parent, "first", learning_rate=0.5)
+        run(finished.parent, "first", learning_rate=0.5, schedule=SCHEDULE)
 
 
 def test_more_workers_than_there_are_is_refused(run: Run, tmp_path: Path) -> None:
@@ -283,6 +288,7 @@ def test_data_that_cannot_be_used_is_refused(
         capsys, monkeypatch, "--data", data, "--storage", data / "runs", "--preset", "smoke"
     )
     assert not (data / "runs").exists()
+    assert "--init no-such-model: no bundled model" in call(data, "--init", "no-such-model")
 
 
 @pytest.mark.parametrize(

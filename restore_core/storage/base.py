@@ -1,0 +1,71 @@
+"""What a storage is: objects under a root, named by keys."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+
+@dataclass(frozen=True)
+class Object:
+    """One stored file, as a listing shows it."""
+
+    key: str
+    """Path relative to the storage's root, with "/" between components."""
+    size: int
+    """Bytes."""
+    etag: str
+    """Changes when the content does. S3: the ETag without quotes; local: the modification time in ns, hexadecimal."""
+
+
+class Storage(Protocol):
+    """A root under which objects are named by keys. Cheap to pickle, safe to use from several threads."""
+
+    @property
+    def uri(self) -> str:
+        """The root in canonical form, for messages; never carries credentials."""
+
+    @property
+    def only(self) -> str | None:
+        """The single key to list, when the storage was opened on one file instead of a folder."""
+
+    def list(self, prefix: str = "") -> Iterator[Object]:
+        """Yield the objects whose key starts with `prefix`, recursively, lazily, in the order of their keys.
+
+        Nothing there yields nothing. Raises StorageError, naming the place, when it cannot be listed.
+        """
+
+    def read(self, key: str) -> bytes:
+        """Return the object's bytes. Raises ItemError `vanished`, `denied` or `read`."""
+
+    def write(self, key: str, data: bytes, content_type: str | None = None) -> None:
+        """Write the object whole or not at all, over an older one. Raises ItemError `denied` or `write`."""
+
+    def delete(self, key: str) -> None:
+        """Delete the object; a missing one is no error. Raises ItemError `denied` or `write`."""
+
+    def exists(self, key: str) -> bool:
+        """Tell whether the object is there. Raises ItemError `denied` or `read` when that cannot be told."""
+
+    def filesystem(self) -> "tuple[FileSystem, str]":
+        """Return a pyarrow filesystem and the root's path in it, for Parquet and Ray Data."""
+
+    def join(self, key: str) -> str:
+        """Return the full path or URI of a key."""
+
+    def child(self, prefix: str) -> "Storage":
+        """Return the storage rooted at the sub-folder `prefix`."""
+
+    def check_readable(self, option: str) -> None:
+        """See `require_readable`."""
+
+    def check_writable(self, option: str) -> None:
+        """See `require_writable`."""
+
+
+def one_line(text: str) -> str:
+    """One line without user names and passwords of URLs."""
+    return re.sub(r"//[^/@\s]+@", "//", " ".join(text.split()))[:1000]

@@ -1,0 +1,169 @@
+"""Local folders. Keys are taken as hostile: whatever they say, nothing outside the root is touched."""
+
+import contextlib
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from restore_core.errors import ErrorClass, ItemError, StorageError, UsageError
+from restore_core.storage.base import Object, one_line
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+# Names that are not UTF-8 (old archives, Latin-1) reach Python as lone surrogates, which Arrow and S3 refuse. In keys
+# such a byte 0x80..0xFF is the private-use character U+EF80..U+EFFF, and it becomes the same byte again on disk.
+_TO_KEY = {0xDC00 + byte: 0xEF00 + byte for byte in range(0x80, 0x100)}
+_FROM_KEY = {char: surrogate for surrogate, char in _TO_KEY.items()}
+
+_TEMPORARY = re.compile(r"\.restore-[0-9a-f]{32}\.tmp")  # short, so that any legal name can be written
+
+
+def key_of(name: str) -> str:
+    """Return a file's name as a key: text that can be encoded, whatever bytes the name holds."""
+    return name.translate(_TO_KEY)
+
+
+@dataclass(frozen=True)
+class LocalStorage:
+    """A local folder. Keys are taken as hostile: nothing outside `root` is ever read or written."""
+
+    root: Path
+    """Absolute, without symbolic links."""
+    only: str | None = None
+
+    @property
+    def uri(self) -> str:
+        return key_of(str(self.root))
+
+    def list(self, prefix: str = "") -> Iterator[Object]:
+        """See `Storage`. Symbolic links to folders are not followed; links to files are listed like files."""
+        folder, slash, start = prefix.rpartition("/")
+        top = self._path(folder, "read") if folder else self.root
+        pending = _entries(top, folder + slash)
+        while pending:
+            key, entry = pending.pop()
+            if self.only not in (None, key) or not key.startswith(folder + slash + start):
+                continue
+            if key.endswith("/"):
+                pending += _entries(entry.path, key)
+                continue
+            try:
+                if entry.is_file() and not _TEMPORARY.fullmatch(entry.name):
+                    stat = entry.stat()
+                    yield Object(key, stat.st_size, f"{stat.st_mtime_ns:x}")
+            except FileNotFoundError:  # deleted since its folder was listed
+                continue
+            except OSError as error:
+                raise StorageError(one_line(f"cannot list {self.join(key)}: {error.strerror}")) from error
+
+    def read(self, key: str) -> bytes:
+        with _os_errors("read", self.join(key)):
+            return self._path(key, "read").read_bytes()
+
+    def write(self, key: str, data: bytes, content_type: str | None = None) -> None:
+        with _os_errors("write", self.join(key)):
+            path = self._path(key, "write")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".restore-{uuid.uuid4().hex}.tmp")
+            try:
+                with temporary.open("xb") as file:
+                    file.write(data)
+                temporary.replace(path)
+            except BaseException:  # also on KeyboardInterrupt: leave no half a file behind
+                temporary.unlink(missing_ok=True)
+                raise
+
+    def delete(self, key: str) -> None:
+        with _os_errors("write", self.join(key)):
+            self._path(key, "write").unlink(missing_ok=True)
+
+    def exists(self, key: str) -> bool:
+        with _os_errors("read", self.join(key)):
+            return self._path(key, "read").is_file()
+
+    def filesystem(self) -> "tuple[FileSystem, str]":
+        from pyarrow.fs import LocalFileSystem
+
+        return LocalFileSystem(), str(self.root)
+
+    def join(self, key: str) -> str:
+        return f"{self.uri.rstrip('/')}/{key}"
+
+    def child(self, prefix: str) -> "LocalStorage":
+        return LocalStorage(Path(os.path.realpath(self._path(prefix.rstrip("/"), "read"))))
+
+    def check_readable(self, option: str) -> None:
+        try:
+            with os.scandir(self.root):
+                pass
+        except FileNotFoundError:
+            raise UsageError(f"{option} {self.uri}: no such file or folder; check the path") from None
+        except NotADirectoryError:
+            raise UsageError(f"{option} {self.uri}: not a regular file or folder; name one") from None
+        except OSError as error:
+            raise UsageError(f"{option} {self.uri}: {error.strerror}; make it readable or name another") from None
+
+    def check_writable(self, option: str) -> None:
+        if self.only is not None:
+            raise UsageError(f"{option} {self.join(self.only)}: is a file; name a folder")
+        existing = next(path for path in (self.root, *self.root.parents) if path.exists())
+        if not existing.is_dir():
+            raise UsageError(f"{option} {self.uri}: {existing} is a file; name a folder")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise UsageError(f"{option} {self.uri}: cannot write in {existing}; change its permissions or name another")
+
+    def _path(self, key: str, doing: ErrorClass) -> Path:
+        """Return the path of a key. Raises ItemError(`doing`) if it would leave the root or cannot be a file name."""
+        parts = [part.translate(_FROM_KEY) for part in key.split("/")]
+        reason = None
+        if "\0" in key:
+            reason = "holds a NUL character"
+        elif any(part in ("", ".", "..") for part in parts):
+            reason = 'has an empty, "." or ".." component'
+        elif any(0xD800 <= ord(char) < 0xE000 for char in key):
+            reason = "is not valid Unicode"
+        elif any(len(os.fsencode(part)) > 255 for part in parts):
+            reason = "has a component longer than 255 bytes"
+        elif _TEMPORARY.fullmatch(parts[-1]):
+            reason = "has the name of a temporary file"
+        else:
+            path = self.root.joinpath(*parts)
+            # A link in the last place is replaced by a write, not followed, but a read would follow it.
+            real = os.path.realpath(path if doing == "read" else path.parent)
+            if Path(real).is_relative_to(self.root):
+                return path
+            reason = "leads out of the folder through a symbolic link"
+        raise ItemError(doing, one_line(f"key {key!r} {reason}; not allowed in the local folder {self.uri}"))
+
+
+def _entries(folder: str | Path, prefix: str) -> list[tuple[str, os.DirEntry[str]]]:
+    """Keys (those of folders end in "/", which sorts them as S3 does) and entries, the last key first."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [
+                (prefix + key_of(entry.name) + "/" * entry.is_dir(follow_symlinks=False), entry) for entry in entries
+            ]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        place = one_line(key_of(str(folder)))
+        raise StorageError(f"cannot list {place}: {error.strerror}; fix its permissions or move it away") from error
+    return sorted(found, key=lambda pair: pair[0], reverse=True)
+
+
+@contextlib.contextmanager
+def _os_errors(doing: ErrorClass, uri: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        kind: ErrorClass = doing
+        if isinstance(error, PermissionError):
+            kind = "denied"
+        elif doing == "read" and isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            kind = "vanished"
+        raise ItemError(kind, one_line(f"cannot {doing} {uri}: {error.strerror or error}")) from error

@@ -40,6 +40,7 @@ class AutoencoderConfig:
         require(self.depth >= 1, "model.depth", self.depth, "use 1 or more")
         require(self.base_channels >= 1, "model.base_channels", self.base_channels, "use 1 or more")
         require(self.kernel_size in (3, 5), "model.kernel_size", self.kernel_size, "use 3 or 5")
+        require(self.resample in ("strided", "pool"), "model.resample", self.resample, "use strided or pool")
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "use a share from 0 to below 1")
 
 
@@ -114,9 +115,7 @@ class OptimizerConfig:
     """Weight of the cross-entropy of the survival gate beside the logarithmic image loss."""
 
     def __post_init__(self) -> None:
-        require(
-            0 < self.learning_rate < math.inf, "optimizer.learning_rate", self.learning_rate, "use a number above 0"
-        )
+        require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "use a number above 0")
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "use 0 or more")
         require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "use 0 or more")
         require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "use a number above 0")

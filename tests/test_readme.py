@@ -1,8 +1,10 @@
 """The README's commands, run as they stand there, with small folders in place of the user's and a small preset."""
 
 import importlib
+import json
 import re
 import shlex
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,7 @@ import pytest
 import tyro
 from photos import people, write_tree
 
-from restore_core import manifest
+from restore_core import checkpoint, manifest
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -84,5 +86,22 @@ def test_every_column_of_the_ledger_is_explained() -> None:
         assert f"`{name}`" in table
 
 
-def test_the_quality_table_is_the_measured_one() -> None:
+def test_tables_and_outputs_are_the_measured_ones() -> None:
     assert (ROOT / "benchmarks/quality/quality.md").read_text() in README
+    assert textwrap.indent((ROOT / "benchmarks/demo.txt").read_text(), "    ", lambda line: True) in README
+
+
+def test_the_bundled_model_is_described_by_its_card() -> None:
+    card = json.loads((checkpoint.BUNDLED / "faces/config.json").read_text())
+    trained = card["trained"]
+    assert f"    {trained['command']}\n" in README
+    assert f"in {trained['minutes']:.0f} minutes on " in README and f"(commit {trained['commit'][:12]})" in README
+    measured = json.loads((ROOT / "benchmarks/quality/quality.json").read_text())
+    assert measured["model"] == {"name": "faces", "sha256": checkpoint.read("faces").sha256}
+
+
+def test_the_speed_of_restoring_is_the_measured_one() -> None:
+    run = json.loads((ROOT / "benchmarks/restore/run.json").read_text())
+    assert f"{run['listed']} LFW photographs of 250x250 (JPEG) in {run['seconds']:.0f} s" in README
+    assert f"{run['images_per_second']:.1f} images/s" in README
+    assert run["model"]["sha256"] == checkpoint.read("faces").sha256

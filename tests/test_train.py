@@ -191,10 +191,8 @@ def training_workers() -> list[int]:
     return descendants(os.getpid(), "RayTrainWorker")
 
 
-def assert_the_same(folder: Path, finished: Path) -> None:
-    """Every epoch once, and the same weights bit for bit as when nothing happened."""
-    assert epochs_of(folder) == epochs_of(finished)
-    assert (folder / "model/model.safetensors").read_bytes() == (finished / "model/model.safetensors").read_bytes()
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(checkpoint.read(str(folder / "model"))).state_dict()
 
 
 def test_a_worker_that_is_killed_is_replaced_and_no_epoch_is_doubled(run: Run, finished: Path, tmp_path: Path) -> None:
@@ -211,7 +209,10 @@ def test_a_worker_that_is_killed_is_replaced_and_no_epoch_is_doubled(run: Run, f
     folder = run(tmp_path, schedule=SCHEDULE)
     thread.join()
     assert killed
-    assert_the_same(folder, finished)
+    assert epochs_of(folder) == epochs_of(finished)
+    expected = weights_of(finished)
+    for name, tensor in weights_of(folder).items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 def test_a_driver_that_is_killed_goes_on_where_it_was(data: Path, finished: Path, run: Run, tmp_path: Path) -> None:
@@ -228,7 +229,13 @@ def test_a_driver_that_is_killed_goes_on_where_it_was(data: Path, finished: Path
         process.kill()
         process.wait()
     assert not (tmp_path / "run/model").exists(), "it was not in the middle"
-    assert_the_same(run(tmp_path, schedule=SCHEDULE), finished)
+    folder = run(tmp_path, schedule=SCHEDULE)
+    assert epochs_of(folder) == epochs_of(finished)
+    expected = weights_of(finished)
+    for name, tensor in weights_of(folder).items():
+        # Not bit for bit: that process had as many threads as the machine has cores, this one has three. A step more or
+        # less would show a hundred times as much.
+        assert torch.allclose(tensor, expected[name], atol=1e-5), name
 
 
 # --- What cannot work ----------------------------------------------------------------------------------------------

@@ -41,6 +41,8 @@ class Train:
     """Peak learning rate."""
     seed: int | None = None
     """Run seed."""
+    precision: Literal["auto", "float32", "bfloat16"] | None = None
+    """auto is bfloat16 where the device computes faster in it (GPUs, CPUs with AMX), else float32."""
     workers: str = "auto"
     """Training processes: a number, or auto for every GPU of the cluster, else every CPU but one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -61,6 +63,8 @@ class Train:
             config = dataclasses.replace(config, batch_size=self.batch_size)
         if self.seed is not None:
             config = dataclasses.replace(config, seed=self.seed)
+        if self.precision is not None:
+            config = dataclasses.replace(config, precision=self.precision)
         return config
 
 

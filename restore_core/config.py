@@ -54,18 +54,20 @@ class ResidualUNetConfig:
     kind: Literal["residual_unet"] = "residual_unet"
     channels: tuple[int, ...] = (24, 48, 96, 160, 192)
     """Channels at each scale, from full resolution down; each further scale halves height and width."""
-    blocks: int = 2
-    """Residual blocks (two 3x3 convolutions each) per scale, on the way down and again on the way up."""
+    blocks: tuple[int, ...] = (2, 2, 2, 2, 2)
+    """Residual blocks (two 3x3 convolutions each) at each scale, on the way down and again on the way up."""
     gate: bool = True
     """Predict for each pixel whether it survived: output = g (input + residual) + (1 - g) content."""
 
     def __post_init__(self) -> None:
         require(len(self.channels) >= 1, "model.channels", self.channels, "name at least one scale")
         require(all(c >= 1 for c in self.channels), "model.channels", self.channels, "use 1 or more channels per scale")
-        require(self.blocks >= 1, "model.blocks", self.blocks, "use 1 or more")
+        require(len(self.blocks) == len(self.channels), "model.blocks", self.blocks, "name as many as scales")
+        require(all(b >= 1 for b in self.blocks), "model.blocks", self.blocks, "use 1 or more blocks per scale")
 
 
 ModelConfig = AutoencoderConfig | ResidualUNetConfig
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +168,9 @@ class TrainConfig:
     """Side of the validation samples, pixels."""
     val_images: int = 64
     """Validation photographs damaged in each way after every epoch; at most the whole split."""
+    precision: Precision = "auto"
+    """Of the network's arithmetic (the weights are float32): auto is bfloat16 where the device computes faster in it
+    (GPUs, CPUs with AMX), else float32."""
     seed: int = 0
     """Run seed: with the same data and number of workers it gives the same weights."""
 
@@ -218,7 +223,7 @@ def _same_type(value: object, example: object) -> bool:
 PRESETS: dict[str, TrainConfig] = {
     # Proves that everything works: about a minute on 2 CPU cores, and restores nothing worth seeing.
     "smoke": TrainConfig(
-        model=ResidualUNetConfig(channels=(8, 16), blocks=1),
+        model=ResidualUNetConfig(channels=(8, 16), blocks=(1, 1)),
         optimizer=OptimizerConfig(warmup_steps=5, ema_decay=0.9),
         phases=parse_schedule("32:2"),
         batch_size=8,
@@ -229,7 +234,7 @@ PRESETS: dict[str, TrainConfig] = {
     "origin": TrainConfig(model=AutoencoderConfig(), phases=parse_schedule("48:20")),
     # The bundled model `faces`. On 2 CPU cores about 75 minutes with LFW; its config.json says what came of it.
     "faces": TrainConfig(
-        model=ResidualUNetConfig(channels=(24, 48, 96, 192, 256), blocks=1),
+        model=ResidualUNetConfig(channels=(32, 64, 128, 256, 256), blocks=(1, 1, 2, 2, 2)),
         phases=parse_schedule("48:18,96:2,128:2"),
         batch_size=16,
     ),

@@ -125,14 +125,15 @@ class ResidualUNet(nn.Module):
         super().__init__()
         channels = config.channels
         pairs = list(pairwise(channels))
+        stages = list(zip(channels, config.blocks, strict=True))
         self.multiple = 2 ** (len(channels) - 1)
         self.gate = config.gate
         self.head = nn.Conv2d(3, channels[0], 3, padding=1)
-        self.encoder = nn.ModuleList(_blocks(c, config.blocks) for c in channels[:-1])
+        self.encoder = nn.ModuleList(_blocks(c, count) for c, count in stages[:-1])
         self.down = nn.ModuleList(nn.Conv2d(fine, coarse, 2, stride=2) for fine, coarse in pairs)
-        self.bottleneck = _blocks(channels[-1], config.blocks)
+        self.bottleneck = _blocks(*stages[-1])
         self.up = nn.ModuleList(nn.ConvTranspose2d(coarse, fine, 2, stride=2) for fine, coarse in pairs[::-1])
-        self.decoder = nn.ModuleList(_blocks(c, config.blocks) for c in channels[-2::-1])
+        self.decoder = nn.ModuleList(_blocks(c, count) for c, count in stages[-2::-1])
         # Without normalisation the residual branches must start small, or the sum grows with depth (Fixup, Zhang 2019).
         for module in self.modules():
             if isinstance(module, ResidualBlock):

@@ -102,7 +102,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[int], Pa
     def make(seed: int) -> Path:
         folder = root / str(seed)
         if not folder.exists():
-            config = ResidualUNetConfig(channels=(8, 16), blocks=1)
+            config = ResidualUNetConfig(channels=(8, 16), blocks=(1, 1))
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 checkpoint.save(build(config), config, {}, folder)

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ARCHITECTURES: list[ModelConfig] = [
     AutoencoderConfig(depth=2, base_channels=4),
     AutoencoderConfig(depth=1, base_channels=4, kernel_size=5, skips=False, resample="pool"),
-    ResidualUNetConfig(channels=(4, 6), blocks=1),
-    ResidualUNetConfig(channels=(4,), blocks=1, gate=False),
+    ResidualUNetConfig(channels=(4, 6), blocks=(1, 1)),
+    ResidualUNetConfig(channels=(4,), blocks=(1,), gate=False),
 ]
 SMALL = ARCHITECTURES[2]
 CARD = {"trained_on": "s3://photos/clean", "commit": "0123abc", "result": {"psnr_mixed": 25.5}}
@@ -214,7 +214,7 @@ def test_a_config_without_architecture(folder: Path, text: str) -> None:
 UNKNOWN = [
     ({"kind": "gan"}, "architecture kind 'gan': use one of autoencoder, residual_unet"),
     ({"depth": 3}, "architecture field 'depth' is not known to residual_unet; it has blocks, channels, gate, kind"),
-    ({"blocks": 0}, "--model.blocks 0: use 1 or more"),
+    ({"blocks": [0, 1]}, "--model.blocks (0, 1): use 1 or more blocks per scale"),
 ]
 
 
@@ -231,7 +231,7 @@ def test_an_unknown_architecture_names_the_file(folder: Path, values: dict[str, 
     assert message.startswith(f"--model {folder}: ") and CONFIG_FILE in message
 
 
-@pytest.mark.parametrize("values", [{"kind": ["x"]}, {"channels": [2.5]}, {"blocks": 1.0}], ids=str)
+@pytest.mark.parametrize("values", [{"kind": ["x"]}, {"channels": [2.5]}, {"blocks": [1.0, 1.0]}], ids=str)
 def test_architecture_values_of_the_wrong_type_are_refused(folder: Path, values: dict[str, Any]) -> None:
     change_architecture(folder, **values)
     with pytest.raises(UsageError):

@@ -51,7 +51,8 @@ BAD = [
     (AutoencoderConfig, "dropout", NAN, "--model.dropout nan: use a share from 0 to below 1"),
     (ResidualUNetConfig, "channels", (), "--model.channels (): name at least one scale"),
     (ResidualUNetConfig, "channels", (8, 0), "--model.channels (8, 0): use 1 or more channels per scale"),
-    (ResidualUNetConfig, "blocks", 0, "--model.blocks 0: use 1 or more"),
+    (ResidualUNetConfig, "blocks", (1, 1), "--model.blocks (1, 1): name as many as scales"),
+    (ResidualUNetConfig, "blocks", (2, 2, 0, 2, 2), "--model.blocks (2, 2, 0, 2, 2): use 1 or more blocks per scale"),
     (DamageConfig, "noise_share", -0.1, "--damage.noise-share -0.1: use a number from 0 to 1"),
     (DamageConfig, "noise_sigma_max", 256, "--damage.noise-sigma-max 256: use a number from 0 to 255"),
     (DamageConfig, "flips_share", 1.5, "--damage.flips-share 1.5: use a number from 0 to 1"),
@@ -87,7 +88,7 @@ def test_values_at_the_ends_of_their_ranges_are_good() -> None:
     DamageConfig(noise_share=0, noise_sigma_max=255, flips_share=1, flips_max=1, patches_area_max=1, gray_share=0)
     OptimizerConfig(weight_decay=0, warmup_steps=0, ema_decay=0, gate_weight=0)
     AutoencoderConfig(depth=1, base_channels=1, kernel_size=5, dropout=0)
-    ResidualUNetConfig(channels=(1,), blocks=1)
+    ResidualUNetConfig(channels=(1,), blocks=(1,))
     TrainConfig(batch_size=1, canvas=1, crop_min=1, val_size=1, val_images=1)
 
 
@@ -138,7 +139,7 @@ MODELS: list[ModelConfig] = [
     AutoencoderConfig(),
     AutoencoderConfig(depth=2, base_channels=8, kernel_size=5, skips=False, resample="pool", dropout=0),
     ResidualUNetConfig(),
-    ResidualUNetConfig(channels=(4,), blocks=3, gate=False),
+    ResidualUNetConfig(channels=(4,), blocks=(3,), gate=False),
 ]
 
 

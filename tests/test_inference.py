@@ -18,7 +18,7 @@ from restore_core.model import build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = ResidualUNetConfig(channels=(8, 16), blocks=1)
+SMALL = ResidualUNetConfig(channels=(8, 16), blocks=(1, 1))
 
 
 def model_folder(folder: Path, config: ModelConfig = SMALL, *, spoilt: bool = False) -> ModelFolder:
@@ -87,7 +87,7 @@ def test_tiles_equal_the_whole_within_one_level(
 
 
 @pytest.mark.parametrize("size", [(64, 65), (97, 64), (160, 200), (130, 33)])
-@pytest.mark.parametrize("config", [SMALL, ResidualUNetConfig(channels=(8, 12, 16), blocks=1, gate=False)])
+@pytest.mark.parametrize("config", [SMALL, ResidualUNetConfig(channels=(8, 12, 16), blocks=(1, 1, 1), gate=False)])
 def test_many_small_tiles_are_put_together_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], config: ResidualUNetConfig
 ) -> None:

@@ -26,8 +26,8 @@ AUTOENCODERS = [
     for depth, kernel_size, skips, resample in product((1, 2, 4), (3, 5), (True, False), ("strided", "pool"))
 ]
 RESIDUAL_UNETS = [
-    ResidualUNetConfig(channels=channels, blocks=blocks, gate=gate)
-    for channels, blocks, gate in product(((3,), (4, 2), (2, 3, 4, 5)), (1, 2), (True, False))
+    ResidualUNetConfig(channels=channels, blocks=blocks[: len(channels)], gate=gate)
+    for channels, blocks, gate in product(((3,), (4, 2), (2, 3, 4, 5)), ((1, 1, 1, 1), (1, 2, 1, 3)), (True, False))
 ]
 
 
@@ -127,7 +127,7 @@ def test_macs_and_parameters_of_a_pooling_autoencoder_without_skips_by_hand() ->
 
 
 def test_macs_and_parameters_of_a_residual_unet_by_hand() -> None:
-    config = ResidualUNetConfig(channels=(4, 6), blocks=1, gate=True)
+    config = ResidualUNetConfig(channels=(4, 6), blocks=(1, 1), gate=True)
     full, half = 16 * 24, 8 * 12
     block4, block6 = 2 * 9 * 4 * 4, 2 * 9 * 6 * 6
     head, tail, down, up = 9 * 3 * 4, 9 * 4 * 7, 4 * 4 * 6, 4 * 6 * 4
@@ -198,7 +198,7 @@ def test_each_decoder_stage_is_joined_with_the_matching_encoder_output() -> None
 @torch.no_grad()
 def test_gate_chooses_between_the_input_and_invention() -> None:
     """output = g (input + residual) + (1 - g) (content + 1/2), g = sigmoid(survival)."""
-    model = ready(ResidualUNetConfig(channels=(4, 6), blocks=1))
+    model = ready(ResidualUNetConfig(channels=(4, 6), blocks=(1, 1)))
     x = image(12, 9)
     model.tail.weight.zero_()
     for logit, expected in ((40.0, x + 0.125), (-40.0, torch.full_like(x, 0.75))):
@@ -212,7 +212,7 @@ def test_gate_chooses_between_the_input_and_invention() -> None:
 
 @torch.no_grad()
 def test_without_gate_it_predicts_a_residual() -> None:
-    model = ready(ResidualUNetConfig(channels=(4, 6), blocks=1, gate=False))
+    model = ready(ResidualUNetConfig(channels=(4, 6), blocks=(1, 1), gate=False))
     x = image(12, 9)
     nn.init.zeros_(model.tail.weight)
     nn.init.zeros_(model.tail.bias)
@@ -222,7 +222,7 @@ def test_without_gate_it_predicts_a_residual() -> None:
 @torch.no_grad()
 def test_residual_branches_start_small() -> None:
     """A block adds 2 % of its input's deviation; with torch's own initial weights it would be 19 %."""
-    model = ready(ResidualUNetConfig(channels=(16, 16), blocks=2))
+    model = ready(ResidualUNetConfig(channels=(16, 16), blocks=(2, 2)))
     blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
     assert len(blocks) == 6
     features = torch.randn(1, 16, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -233,7 +233,7 @@ def test_residual_branches_start_small() -> None:
 
 
 def test_skips_of_the_residual_unet_carry_the_input() -> None:
-    model = ready(ResidualUNetConfig(channels=(4, 6, 8), blocks=1, gate=False))
+    model = ready(ResidualUNetConfig(channels=(4, 6, 8), blocks=(1, 1, 1), gate=False))
     for up in model.up:
         nn.init.zeros_(up.weight)
     x = image(8, 8).requires_grad_()

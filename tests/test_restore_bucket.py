@@ -322,7 +322,7 @@ def test_undamaged_photographs_are_copied_byte_for_byte(tmp_path: Path, run: Run
     """By a network that changes nothing: the tail is zero but for a gate that says all pixels survived."""
     import torch
 
-    config = ResidualUNetConfig(channels=(4,), blocks=1)
+    config = ResidualUNetConfig(channels=(4,), blocks=(1,))
     model = build(config)
     torch.nn.init.zeros_(model.tail.weight)
     torch.nn.init.zeros_(model.tail.bias)
@@ -340,7 +340,7 @@ def test_undamaged_photographs_are_copied_byte_for_byte(tmp_path: Path, run: Run
 def test_a_network_that_has_gone_bad_writes_nothing(tmp_path: Path, run: Run) -> None:
     import torch
 
-    config = ResidualUNetConfig(channels=(4,), blocks=1)
+    config = ResidualUNetConfig(channels=(4,), blocks=(1,))
     model = build(config)
     torch.nn.init.constant_(model.tail.bias, torch.nan)
     checkpoint.save(model, config, {}, tmp_path / "spoilt")

@@ -70,7 +70,7 @@ def run(local_ray: None, data: Path) -> Run:
             storage=str(storage),
             name=name,
             device="cpu",
-            **{"data": str(data), "preset": "smoke", "workers": "1", **options},
+            **{"data": str(data), "preset": "smoke", "workers": "1", "precision": "float32", **options},
         )
         assert train.main(job) == code
         return Path(str(storage)) / name
@@ -216,7 +216,20 @@ def test_a_worker_that_is_killed_is_replaced_and_no_epoch_is_doubled(run: Run, f
 
 
 def test_a_driver_that_is_killed_goes_on_where_it_was(data: Path, finished: Path, run: Run, tmp_path: Path) -> None:
-    options = ["--data", data, "--storage", tmp_path, "--preset", "smoke", "--schedule", SCHEDULE, "--workers", 1]
+    options = [
+        "--data",
+        data,
+        "--storage",
+        tmp_path,
+        "--preset",
+        "smoke",
+        "--schedule",
+        SCHEDULE,
+        "--workers",
+        1,
+        "--precision",
+        "float32",
+    ]
     process = subprocess.Popen(
         [sys.executable, ROOT / "jobs/train.py", *map(str, options), "--name", "run", "--device", "cpu"],
         stdout=subprocess.DEVNULL,

@@ -268,6 +268,7 @@ def _finish(run: TrainRun, state: Path, cuda: bool) -> Trained:
             "minutes": round(sum(row["seconds"] for row in history) / 60, 1),
             "photographs": run.photographs,
             "samples": trainer.steps * config.batch_size,
+            "precision": trainer.precision,
             "started_from": _identity(run.initial),
             "config": to_dict(config),
         },

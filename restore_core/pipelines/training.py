@@ -32,6 +32,8 @@ OPTIONS_FILE = "options.json"
 METRICS_FILE = "metrics.csv"
 SAMPLES = 6
 SHUFFLE_BATCHES = 8
+DECODED_SHARE = 0.3
+"""Decoded training photographs stay in memory if they take less than this share of Ray's object store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,10 +239,15 @@ def _dataset(run: TrainRun) -> ray.data.Dataset:
     def decode(table: pa.Table) -> pa.Table:
         return sources.decode_rows(table, sources.TRAIN, canvas)
 
+    ray.data.DataContext.get_current().execution_options = _in_order()
     with filesystem.open_input_file(files[0]) as handle:
         columns = sources.dataset_columns(pa.parquet.read_schema(handle))
     dataset = ray.data.read_parquet(files, filesystem=filesystem).select_columns(columns)
-    return dataset.map_batches(decode, batch_format="pyarrow", batch_size=64)
+    dataset = dataset.map_batches(decode, batch_format="pyarrow", batch_size=64)
+    most_bytes = run.photographs * canvas * canvas * 3
+    room = ray.cluster_resources().get("object_store_memory", 0)
+    # Decoded once where that leaves most of Ray's memory free, else again in every epoch.
+    return dataset.materialize() if most_bytes < room * DECODED_SHARE else dataset
 
 
 def _in_order() -> ray.data.ExecutionOptions:

@@ -232,7 +232,7 @@ PRESETS: dict[str, TrainConfig] = {
     ),
     # The project's origin: the strided autoencoder with skips at 48 pixels, 20 epochs.
     "origin": TrainConfig(model=AutoencoderConfig(), phases=parse_schedule("48:20")),
-    # The bundled model `faces`. With LFW about 100 minutes on 2 CPU cores with AMX; its config.json says what came of it.
+    # The bundled model `faces`. With LFW about 100 minutes on 2 CPU cores with AMX; its card says what came of it.
     "faces": TrainConfig(
         model=ResidualUNetConfig(channels=(32, 64, 128, 256, 256), blocks=(1, 1, 2, 2, 2)),
         damage=DamageConfig(noise_share=0.45, flips_share=0.4, patches_share=0.45, gray_share=0.25),

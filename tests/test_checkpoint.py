@@ -73,9 +73,11 @@ def test_what_is_saved_is_what_is_loaded(architecture: ModelConfig, tmp_path: Pa
     expected = model.state_dict()
     assert loaded.state_dict().keys() == expected.keys()
     for name, tensor in loaded.state_dict().items():
-        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name])
+        assert tensor.dtype == expected[name].dtype
+        rounded = expected[name].half().float() if tensor.ndim > 1 else expected[name]
+        assert torch.equal(tensor, rounded)
     image = torch.rand(1, 3, 13, 10)
-    assert torch.equal(loaded(image).image, model(image).image)
+    assert torch.allclose(loaded(image).image, model(image).image, atol=2e-3)
 
 
 def test_a_network_in_channels_last_is_saved_like_any_other(folder: Path, tmp_path: Path) -> None:

@@ -7,15 +7,20 @@ import tarfile
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
-from jobs import pack_dataset
-from restore_core import codec
+from jobs import pack_dataset, restore_bucket, train
+from restore_core import checkpoint, codec, manifest
+from restore_core.degradations import Generator, degrade, fixed_damage, seed_of
+from restore_core.metrics import psnr
 from restore_core.sources import DATASET_SCHEMA, count_split, group_of, photographs, read_list, read_split, split_of
-from restore_core.storage import open_storage
+from restore_core.storage import LocalStorage, open_storage
+from restore_core.trainer import VALIDATION
 
 ROOT = Path(__file__).parent.parent
 LFW = Path(os.environ.get("LFW_DIR", ROOT.parent / "shared" / "data" / "lfw"))
@@ -97,3 +102,57 @@ def test_the_funneled_archives_have_the_layout_expected() -> None:
         assert found.key == f"lfw_funneled/{group_of(found.key)}/{group_of(found.key)}_{found.key[-8:-4]}.jpg"
         assert group_of(found.key) in people
         assert isinstance(found.data, bytes) and codec.decode(found.data).pixels.shape == (250, 250, 3)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_packed_photographs_train_a_model_that_restores(packed: Path, tmp_path: Path) -> None:
+    """The whole way, with the smallest preset."""
+    job = train.Train(data=str(packed), storage=str(tmp_path / "runs"), preset="smoke", schedule="32:1", workers="1")
+    assert train.main(job) == 0
+    model = checkpoint.read(str(tmp_path / "runs/restorer/model"))
+    validation = model.config["validation"]
+    assert validation["psnr_db"]["mixed"] > validation["identity_psnr_db"]["mixed"] + 2
+    source = tmp_path / "in"
+    for found in islice(photographs(open_storage(ORIGINAL)), 6):
+        assert isinstance(found.data, bytes)
+        (source / found.key).parent.mkdir(parents=True, exist_ok=True)
+        (source / found.key).write_bytes(found.data)
+    restoring = restore_bucket.RestoreBucket(input=str(source), output=str(tmp_path / "out"), model=model.name)
+    assert restore_bucket.main(restoring) == 0
+    ledger = manifest.rows_of(manifest.Ledger(LocalStorage(tmp_path / "out"), "reader").latest())
+    assert len(ledger) == 6 and all(row.status in ("restored", "unchanged") for row in ledger)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_the_bundled_model_restores_people_it_has_not_seen(tmp_path: Path) -> None:
+    """Every damage of the validation, at 64 pixels, through the restore job."""
+    source, output = tmp_path / "in", tmp_path / "out"
+    clean = {}
+    for found in photographs(open_storage(FUNNELED)):
+        person = group_of(found.key)
+        if split_of(person, 0.1, 0) != "val" or person in clean or not isinstance(found.data, bytes):
+            continue
+        face = Image.open(io.BytesIO(found.data)).crop((45, 45, 205, 205)).resize((64, 64), Image.Resampling.LANCZOS)
+        clean[person] = np.asarray(face)
+        if len(clean) == 8:
+            break
+    for damage, strengths in VALIDATION.items():
+        (source / damage).mkdir(parents=True)
+        for person, pixels in clean.items():
+            generator = Generator([seed_of(1, damage, person)])
+            image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+            damaged, _ = degrade(image, fixed_damage(generator, **strengths), generator)  # type: ignore[arg-type]
+            Image.fromarray(damaged[0].permute(1, 2, 0).numpy()).save(source / damage / f"{person}.png")
+    assert restore_bucket.main(restore_bucket.RestoreBucket(input=str(source), output=str(output))) == 0
+    gains = {}
+    for damage in VALIDATION:
+        before, after = (
+            np.mean([min(psnr(np.asarray(Image.open(place / damage / f"{person}.png")), pixels), 60.0)
+                     for person, pixels in clean.items()])
+            for place in (source, output)
+        )  # fmt: skip
+        gains[damage] = after - before
+    assert gains.pop("clean") > -10  # 50 dB or more
+    assert min(gains.values()) > 2.5, gains

@@ -279,7 +279,10 @@ class Trainer:
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in parts["optimizer"].items():
             index, _, field = name.partition(".")
-            moments.setdefault(int(index), {})[field] = tensor
+            # In the weights' own memory order, which the fused optimizer takes for granted.
+            moments.setdefault(int(index), {})[field] = (
+                tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+            )
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())

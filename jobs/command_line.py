@@ -1,5 +1,7 @@
 """What all jobs share as commands: options from a dataclass, one line for an error, the exit code."""
 
+import contextlib
+import io
 import logging
 import sys
 from collections.abc import Callable
@@ -7,7 +9,7 @@ from typing import TypeVar
 
 import tyro
 
-from restore_core.errors import StorageError, UsageError
+from restore_core.errors import ItemError, StorageError, UsageError
 
 Options = TypeVar("Options")
 
@@ -19,13 +21,39 @@ def run(main: Callable[[Options], int], options: type[Options]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("botocore").setLevel(logging.WARNING)  # else it tells where it found the credentials
     try:
-        return main(tyro.cli(options, description=sys.modules[main.__module__].__doc__))
+        return main(_parsed(options, sys.modules[main.__module__].__doc__))
     except (UsageError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return UNUSABLE
+    except ItemError as error:  # of a file that the whole job needs, such as its report
+        print(f"error: {error.message}", file=sys.stderr)
         return UNUSABLE
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
+
+
+def _parsed(options: type[Options], description: str | None) -> Options:
+    """The command line as `options`. Raises UsageError, and SystemExit after --help."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(options, description=description)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UsageError(_in_one_line(said.getvalue())) from None
+
+
+def _in_one_line(box: str) -> str:
+    """What tyro says about a bad command line, without the frame and the help that it puts around it."""
+    words: list[str] = []
+    for line in box.splitlines()[1:]:
+        text = line.strip("╭╮╰╯│─ ")
+        if text.startswith(("For full helptext", "Argument helptext")):
+            break
+        words += text.split()
+    return " ".join(words) + "; see --help"
 
 
 def worker_count(text: str) -> int | None:

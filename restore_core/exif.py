@@ -27,8 +27,8 @@ class Entry:
         return [int(value) for value in np.frombuffer(self.value, f"{order}u{size}")]
 
 
-def annotated(exif: bytes, software: str, strip: bool) -> bytes:
-    """Return the EXIF block (b"" for none) with its Software set, or stripped to an orientation that matters.
+def annotated(exif: bytes, software: str) -> bytes:
+    """Return the EXIF block (b"" for none) with its Software set.
 
     The block is appended to, not rewritten, so that offsets inside maker notes and the thumbnail stay true. A damaged
     block is returned as it was.
@@ -36,18 +36,19 @@ def annotated(exif: bytes, software: str, strip: bool) -> bytes:
     tiff = bytearray(exif or _NO_EXIF)
     try:
         entries, following = read_ifd(tiff, first_ifd(tiff))
-        turned = [entry for entry in entries if entry.tag == ORIENTATION and entry.type == 3 and entry.count == 1]
     except (struct.error, ValueError):
-        return b"" if strip else exif
-    if strip:
-        order = tiff[:2]
-        tiff = bytearray(_NO_EXIF if order == b"II" else b"MM\0*\0\0\0\x08" + bytes(6))
-        if not turned or turned[0].integers(tiff) == [1]:
-            return b""
-        write_first_ifd(tiff, turned, 0)
-    else:
-        kept = [entry for entry in entries if entry.tag != SOFTWARE]
-        write_first_ifd(tiff, [*kept, text_entry(SOFTWARE, software)], following)
+        return exif
+    kept = [entry for entry in entries if entry.tag != SOFTWARE]
+    write_first_ifd(tiff, [*kept, text_entry(SOFTWARE, software)], following)
+    return bytes(tiff)
+
+
+def stripped(orientation: int | None) -> bytes:
+    """Return an EXIF block of nothing but the orientation; b"" where it says nothing."""
+    if orientation in (None, 1):
+        return b""
+    tiff = bytearray(_NO_EXIF)
+    write_first_ifd(tiff, [Entry(ORIENTATION, 3, 1, struct.pack("<H", orientation))], 0)
     return bytes(tiff)
 
 

@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import IFDRational, ImageFileDirectory_v2
 
 from restore_core import exif as exif_blocks
-from restore_core.codec import Picture, decode, encode, probe, thumbnail_jpeg
+from restore_core.codec import Picture, decode, encode, thumbnail_jpeg, without_metadata
 from restore_core.errors import ItemError
 
 SOFTWARE = "restore_core 0.1.0 (model tiny)"
@@ -86,7 +86,7 @@ def test_decode_gives_pillows_pixels(name: str, mode: str) -> None:
     data = image_of(name, mode)
     picture = decode(data)
     truth = opened(data)
-    assert probe(data) == (name, mode, 7, 11) == (picture.format, picture.mode, picture.width, picture.height)
+    assert (name, mode, 7, 11) == (picture.format, picture.mode, picture.width, picture.height)
     assert np.array_equal(picture.pixels, np.asarray(truth.convert("RGB")))
     assert picture.pixels.dtype == np.uint8 and picture.pixels.flags.c_contiguous and picture.pixels.flags.writeable
     assert picture.gray == (mode in ("L", "LA"))
@@ -304,6 +304,48 @@ def test_stripping_keeps_profile_and_orientation(name: str, orientation: int) ->
     assert image.info["icc_profile"] == ICC and "xmp" not in image.info and not image.getexif().get_ifd(34853)
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(("name", "options"), [("JPEG", {"comment": b"Ann at home", "quality": 70}), ("PNG", {}),
+                         ("WEBP", {"quality": 60}), ("WEBP", {"lossless": True}), ("TIFF", {})], ids=str)  # fmt: skip
+def test_metadata_goes_without_a_change_to_the_pixels(name: str, options: dict[str, object], orientation: int) -> None:
+    xmp = {} if name == "TIFF" else xmp_for(name)
+    source = image_of(name, "RGB", exif=exif_of_a_camera(orientation), icc_profile=ICC, **xmp, **options)
+    picture = decode(source)
+    after = without_metadata(source, picture=picture)
+    again = decode(after)
+    assert np.array_equal(again.pixels, picture.pixels)
+    assert (again.orientation or 1, again.format) == (orientation, name)
+    image = opened(after)
+    assert image.info["icc_profile"] == ICC and not {"xmp", "comment"} & set(image.info)
+    assert not {271, 305, 34665, 34853} & set(image.getexif())
+    assert b"GPS" not in after and b"Ann at home" not in after
+
+
+def test_metadata_of_a_bare_photograph_is_nothing_to_take_away() -> None:
+    for name in ("JPEG", "WEBP", "BMP"):
+        source = image_of(name, "RGB")
+        assert without_metadata(source, picture=decode(source)) == source
+
+
+@pytest.mark.parametrize(("value", "kind"), [(9, 3), (300, 3), (0, 3), (6, 2)], ids=str)
+def test_an_orientation_that_means_nothing_is_none(value: int, kind: int) -> None:
+    """Out of range, or of type ASCII (2) instead of SHORT (3)."""
+    file = io.BytesIO()
+    Image.fromarray(smooth_pixels(11, 7)).save(file, "TIFF", tiffinfo={274: value})
+    tiff = file.getvalue().replace(struct.pack("<HHI", 274, 3, 1), struct.pack("<HHI", 274, kind, 1))
+    assert decode(tiff).orientation is None
+
+
+def test_texts_with_the_names_of_settings_are_texts() -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    texts = PngInfo()
+    for name in ("xmp", "transparency", "Raw profile type exif"):
+        texts.add_text(name, "\n\n\nno hex")
+    source = image_of("PNG", "RGB", pnginfo=texts)
+    assert opened(restored(source)).info["xmp"] == "\n\n\nno hex"
+
+
 def test_everything_else_in_the_exif_stays_where_it_was() -> None:
     exif = exif_of_a_camera(6)
     after = opened(restored(image_of("JPEG", "RGB", exif=exif))).info["exif"]
@@ -421,7 +463,7 @@ def full_tiff(compression: str, prefix: bytes) -> bytes:
 def test_tiff_tags_are_kept_at_every_compression(compression: str, prefix: bytes) -> None:
     source = full_tiff(compression, prefix)
     picture = decode(source)
-    assert (picture.width, picture.height) == (7, 11) == probe(source)[2:]  # stored, though Pillow turns TIFF
+    assert (picture.width, picture.height) == (7, 11)  # stored, though Pillow turns TIFF
     if compression != "jpeg":
         assert np.array_equal(picture.pixels, smooth_pixels(11, 7))
     after = restored(source, picture.pixels)

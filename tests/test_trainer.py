@@ -26,7 +26,6 @@ from restore_core.config import (
 )
 from restore_core.degradations import Generator, seed_of
 from restore_core.errors import DivergedError
-from restore_core.model import Prediction
 from restore_core.trainer import VALIDATION, Photographs, Trainer, central_crops, random_crops, resize_crops
 from tests import photos
 

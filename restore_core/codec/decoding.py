@@ -51,13 +51,6 @@ class Picture:
     """The EXIF orientation as stored, 1 to 8; None where the file says nothing valid."""
 
 
-def probe(data: bytes) -> tuple[str, str, int, int]:
-    """Return (format, mode, width, height), as stored, from the header. Raises ItemError like `decode`."""
-    image = open_header(data)
-    width, height = _stored_size(image)
-    return image.format or "", image.mode, width, height
-
-
 def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Picture:
     """Decode one file.
 
@@ -91,7 +84,7 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Picture:
         height=height,
         alpha=np.ascontiguousarray(bands[:, :, -1]) if has_alpha else None,
         gray=gray,
-        orientation=turned or _orientation(image),
+        orientation=_valid(turned) or _orientation(image),
     )
 
 
@@ -174,9 +167,10 @@ def _unsupported(image: ImageFile.ImageFile, data: bytes, frames: int) -> str | 
         return f"{image.format} files are not restored; convert to PNG or TIFF first"
     if image.mode not in ("L", "LA", "RGB", "RGBA"):
         return f"{image.format} with {_MODE_NAMES.get(image.mode, image.mode)}; {convert}"
-    if "transparency" in image.info:
+    if isinstance(image.info.get("transparency"), (bytes, int, tuple)):  # a text of that name is only a text
         return f"{image.format} with one colour marked as transparent; convert it to an alpha channel first"
-    if b"hdrgm:Version" in image.info.get("xmp", b""):
+    xmp = image.info.get("xmp")
+    if isinstance(xmp, bytes) and b"hdrgm:Version" in xmp:
         return "JPEG with an HDR gain map (Ultra HDR); save it as a plain JPEG first"
     if image.format == "PNG" and data[24] != 8:  # Pillow silently makes 8 bits of 16, 4 and 2
         return f"PNG with {data[24]} bits a channel; {convert}"
@@ -211,10 +205,13 @@ def _stored_size(image: ImageFile.ImageFile) -> tuple[int, int]:
 
 def _orientation(image: ImageFile.ImageFile) -> int | None:
     try:
-        value = image.getexif().get(exif.ORIENTATION)
+        return _valid(image.getexif().get(exif.ORIENTATION))
     except BROKEN_FILE:  # a damaged EXIF block does not make the pixels worse
         return None
-    return value if value in range(1, 9) else None
+
+
+def _valid(orientation: object) -> int | None:
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else None
 
 
 _UNDO_TRANSPOSE = {

@@ -37,18 +37,68 @@ def encode(pixels: Pixels, source: bytes, *, picture: Picture, software: str, st
     try:
         match original:
             case JpegImageFile():
-                return _encode_jpeg(image, original, software, strip_metadata)
+                return _encode_jpeg(
+                    image, original, _exif(original.info.get("exif"), picture, software, strip_metadata), strip_metadata
+                )
             case TiffImageFile():
                 return _encode_tiff(image, original, source, software, strip_metadata)
         if original.format == "PNG":
-            return _encode_png(image, original, source, software, strip_metadata)
+            block = _exif(_png_exif(original, source), picture, software, strip_metadata)
+            return _encode_png(image, source, block, strip_metadata)
         if original.format == "WEBP":
-            return _encode_webp(image, original, source, software, strip_metadata)
+            block = _exif(original.info.get("exif"), picture, software, strip_metadata)
+            return _encode_webp(image, original, source, block, strip_metadata)
         return _saved(image, "BMP", dpi=original.info.get("dpi", (96, 96)))
     except (*BROKEN_FILE, MemoryError) as error:
         raise ItemError(
             "encode", one_line(f"cannot write as {original.format}: {error or type(error).__name__}")
         ) from error
+
+
+def without_metadata(source: bytes, *, picture: Picture) -> bytes:
+    """The file without EXIF, XMP, IPTC and texts, and with the very same pixels.
+
+    The ICC profile stays, and so does an orientation that is not 1. Of JPEG and WebP the compressed data is copied.
+    Raises ItemError `encode`.
+    """
+    if picture.format == "JPEG":
+        return _strip_jpeg(source, exif.stripped(picture.orientation))
+    if picture.format == "WEBP":
+        return _strip_webp(source, exif.stripped(picture.orientation))
+    return encode(picture.pixels, source, picture=picture, software="", strip_metadata=True)  # lossless formats
+
+
+def _strip_jpeg(source: bytes, block: bytes) -> bytes:
+    kept, at = [source[:2]], 2
+    while at + 4 <= len(source) and source[at + 1] != 0xDA:  # start of scan: the rest is pixels
+        if source[at + 1] == 0xFF:  # a filling byte
+            at += 1
+            continue
+        end = at + 2 + int.from_bytes(source[at + 2 : at + 4], "big")
+        body = source[at + 4 : end]
+        is_application = 0xE0 <= source[at + 1] <= 0xEF
+        if not (is_application or source[at + 1] == 0xFE) or body.startswith((b"JFIF\0", b"ICC_PROFILE\0", b"Adobe")):
+            kept.append(source[at:end])
+        at = end
+    if block:
+        kept.insert(1, struct.pack(">BBH", 0xFF, 0xE1, len(block) + 8) + b"Exif\0\0" + block)
+    return b"".join([*kept, source[at:]])
+
+
+def _strip_webp(source: bytes, block: bytes) -> bytes:
+    chunks, at = [], 12
+    while at + 8 <= len(source):
+        end = at + 8 + (int.from_bytes(source[at + 4 : at + 8], "little") + 1) // 2 * 2
+        chunk = bytearray(source[at:end])
+        if chunk[:4] == b"VP8X":
+            chunk[8] = chunk[8] & ~0x0C | (0x08 if block else 0)  # flags: no XMP, EXIF as it will be
+        if chunk[:4] in (b"VP8X", b"ICCP", b"ALPH", b"VP8 ", b"VP8L"):
+            chunks.append(bytes(chunk))
+        at = end
+    if block:
+        chunks.append(b"EXIF" + struct.pack("<I", len(block)) + block + bytes(len(block) % 2))
+    body = b"WEBP" + b"".join(chunks)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
 def thumbnail_jpeg(pixels: Pixels, max_side: int) -> bytes:
@@ -68,15 +118,18 @@ def _saved(image: Image.Image, format: str, **options: object) -> bytes:
     return file.getvalue()
 
 
+def _exif(block: object, picture: Picture, software: str, strip: bool) -> bytes:
+    return exif.stripped(picture.orientation) if strip else exif.annotated(exif.bare(block), software)
+
+
 # --- Encoding, one function a format ---------------------------------------------------------------------------------
 
 
-def _encode_jpeg(image: Image.Image, original: JpegImageFile, software: str, strip: bool) -> bytes:
+def _encode_jpeg(image: Image.Image, original: JpegImageFile, block: bytes, strip: bool) -> bytes:
     info = original.info
     tables = [original.quantization[layer[3]] for layer in original.layer]  # one for each component
     sampling = get_sampling(original)
     options: dict[str, object] = {"xmp": info.get("xmp"), "comment": info.get("comment"), "extra": _segments(original)}
-    block = exif.annotated(exif.bare(info.get("exif")), software, strip)
     if len(block) > 65_527:  # it fitted before the note was added; JPEG segments end at 64 KiB
         block = exif.bare(info.get("exif"))
     return _saved(
@@ -106,7 +159,7 @@ def _segments(original: JpegImageFile) -> bytes:
     )
 
 
-def _encode_webp(image: Image.Image, original: ImageFile.ImageFile, source: bytes, software: str, strip: bool) -> bytes:
+def _encode_webp(image: Image.Image, original: ImageFile.ImageFile, source: bytes, block: bytes, strip: bool) -> bytes:
     info = original.info
     options: dict[str, object] = (
         {"lossless": True, "quality": 20, "method": 1} if _lossless(source) else {"quality": 95}
@@ -117,7 +170,7 @@ def _encode_webp(image: Image.Image, original: ImageFile.ImageFile, source: byte
         exact=True,  # else the colours under transparent pixels are lost
         alpha_quality=100,
         icc_profile=info.get("icc_profile"),
-        exif=exif.annotated(exif.bare(info.get("exif")), software, strip),
+        exif=block,
         xmp=b"" if strip else info.get("xmp", b""),
         **options,
     )
@@ -134,16 +187,23 @@ _PNG_LAYOUT = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"hIST", b"acTL", b"
 _PNG_COLOUR = (b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP", b"sBIT", b"pHYs")
 
 
-def _encode_png(image: Image.Image, original: ImageFile.ImageFile, source: bytes, software: str, strip: bool) -> bytes:
+def _png_exif(original: ImageFile.ImageFile, source: bytes) -> bytes:
+    for kind, body in _png_chunks(source):
+        if kind == b"eXIf":
+            return body
+    text = original.info.get("Raw profile type exif")  # where older ImageMagick put it
+    try:
+        return bytes.fromhex("".join(text.split("\n")[3:])) if isinstance(text, str) else b""
+    except ValueError:  # damaged; the text itself is carried over as it is
+        return b""
+
+
+def _encode_png(image: Image.Image, source: bytes, block: bytes, strip: bool) -> bytes:
     """Put the source's own ancillary chunks, byte for byte, around the new pixels."""
     new, old = list(_png_chunks(_saved(image, "PNG", compress_level=1))), list(_png_chunks(source))
     first = next(index for index, (kind, _) in enumerate(old) if kind == b"IDAT")
     kept = [(kind, body) for kind, body in old if kind not in _PNG_LAYOUT and (kind in _PNG_COLOUR or not strip)]
     before = sum(kind not in _PNG_LAYOUT and (kind in _PNG_COLOUR or not strip) for kind, _ in old[:first])
-    block = next((body for kind, body in old if kind == b"eXIf"), b"")
-    if not block and (text := original.info.get("Raw profile type exif")):  # where older ImageMagick put it
-        block = bytes.fromhex("".join(text.split("\n")[3:]))
-    block = exif.annotated(exif.bare(block), software, strip)
     chunks = [
         new[0],
         *kept[:before],

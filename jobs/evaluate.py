@@ -41,11 +41,13 @@ class Evaluate:
 def main(job: Evaluate) -> int:
     from restore_core import checkpoint, provenance, sources
     from restore_core.errors import UsageError
-    from restore_core.storage import open_storage, require_readable, require_writable
+    from restore_core.storage import open_storage, overlaps, require_readable, require_writable
 
     data = open_storage(job.data, option="--data")
     require_readable(data, "--data")
     output = open_storage(job.output, option="--output")
+    if overlaps(data, output):
+        raise UsageError(f"--output {job.output}: lies inside --data {data.uri}; choose another place")
     require_writable(output, "--output")
     model = checkpoint.read(job.model)
     if not sources.count_split(data, "--data", job.split):

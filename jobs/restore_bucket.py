@@ -44,7 +44,7 @@ class RestoreBucket:
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
-        require(self.max_megapixels > 0, "max_megapixels", self.max_megapixels, "use a number above 0")
+        require(0 < self.max_megapixels < 1e6, "max_megapixels", self.max_megapixels, "use a number from 0 to 1000000")
         require(0 <= self.max_failed_share <= 1, "max_failed_share", self.max_failed_share, "use a share from 0 to 1")
         command_line.worker_count(self.workers)
 
@@ -75,7 +75,7 @@ def main(job: RestoreBucket) -> int:
     )
     summary = restore(source, output, model, options, sys.argv)
     page = report.restore_page(summary.rows, summary.record, summary.samples, source.uri, output.uri)
-    output.write(REPORT_FILE, page)
+    output.write(REPORT_FILE, page, content_type="text/html; charset=utf-8")
     counts = ", ".join(f"{count} {status}" for status, count in summary.statuses.items())
     print(f"{summary.listed} objects: {counts} ({summary.already_done} by earlier runs)")
     if summary.errors:

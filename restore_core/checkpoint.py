@@ -66,7 +66,7 @@ def parse(name: str, weights: bytes, config: bytes, option: str = "--model") -> 
     """Check the bytes of a model folder. Raises UsageError naming the file and what is wrong with it."""
     try:
         values = json.loads(config)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{option} {name}: {CONFIG_FILE} is not JSON ({error}); restore the file") from error
     if not isinstance(values, dict) or not isinstance(values.get("architecture"), dict):
         raise UsageError(f"{option} {name}: {CONFIG_FILE} has no 'architecture'; restore the file")
@@ -89,6 +89,12 @@ def load(folder: ModelFolder, device: torch.device | str = "cpu") -> nn.Module:
         raise UsageError(f"--model {folder.name}: {WEIGHTS_FILE} is damaged ({error}); copy it again") from error
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if name in wanted and tensor.is_floating_point() != model.state_dict()[name].is_floating_point():
+            raise UsageError(
+                f"--model {folder.name}: {WEIGHTS_FILE} does not fit {CONFIG_FILE}: "
+                f"tensor {name!r} is of {tensor.dtype}"
+            )
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise UsageError(

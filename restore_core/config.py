@@ -18,6 +18,10 @@ def require(condition: bool, option: str, value: object, advice: str) -> None:
         raise UsageError(f"--{option.replace('_', '-')} {value}: {advice}")
 
 
+MAX_SCALES, MAX_CHANNELS, MAX_BLOCKS = 10, 8192, 64
+"""Bounds of networks, so that a damaged config.json is refused before it fills the memory."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
     """The convolutional autoencoder of the project's origin (RED-Net, Mao 2016; U-Net, Ronneberger 2015)."""
@@ -37,8 +41,11 @@ class AutoencoderConfig:
     """Share of the encoder's values set to zero in training, 0 to below 1."""
 
     def __post_init__(self) -> None:
-        require(self.depth >= 1, "model.depth", self.depth, "use 1 or more")
-        require(self.base_channels >= 1, "model.base_channels", self.base_channels, "use 1 or more")
+        require(1 <= self.depth <= MAX_SCALES, "model.depth", self.depth, f"use 1 to {MAX_SCALES}")
+        require(
+            self.base_channels >= 1 and self.base_channels * 2 ** (self.depth - 1) <= MAX_CHANNELS,
+            "model.base_channels", self.base_channels, f"use 1 or more, and not over {MAX_CHANNELS} at the last block",
+        )  # fmt: skip
         require(self.kernel_size in (3, 5), "model.kernel_size", self.kernel_size, "use 3 or 5")
         require(self.resample in ("strided", "pool"), "model.resample", self.resample, "use strided or pool")
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "use a share from 0 to below 1")
@@ -60,10 +67,17 @@ class ResidualUNetConfig:
     """Predict for each pixel whether it survived: output = g (input + residual) + (1 - g) content."""
 
     def __post_init__(self) -> None:
-        require(len(self.channels) >= 1, "model.channels", self.channels, "name at least one scale")
-        require(all(c >= 1 for c in self.channels), "model.channels", self.channels, "use 1 or more channels per scale")
-        require(len(self.blocks) == len(self.channels), "model.blocks", self.blocks, "name as many as scales")
-        require(all(b >= 1 for b in self.blocks), "model.blocks", self.blocks, "use 1 or more blocks per scale")
+        scales = len(self.channels)
+        require(1 <= scales <= MAX_SCALES, "model.channels", self.channels, f"name 1 to {MAX_SCALES} scales")
+        require(
+            all(1 <= c <= MAX_CHANNELS for c in self.channels),
+            "model.channels", self.channels, f"use 1 to {MAX_CHANNELS} channels per scale",
+        )  # fmt: skip
+        require(len(self.blocks) == scales, "model.blocks", self.blocks, "name as many as scales")
+        require(
+            all(1 <= b <= MAX_BLOCKS for b in self.blocks),
+            "model.blocks", self.blocks, f"use 1 to {MAX_BLOCKS} blocks per scale",
+        )  # fmt: skip
 
 
 ModelConfig = AutoencoderConfig | ResidualUNetConfig

@@ -85,9 +85,17 @@ class Restorer:
 
     @torch.inference_mode()
     def restore(self, batch: Tensor) -> Iterator[Restored]:
-        """Restore a batch of one size, uint8 [B, 3, H, W]. Raises FloatingPointError if the result is NaN or Inf."""
+        """Restore a batch of one size, uint8 [B, 3, H, W].
+
+        Raises FloatingPointError if the result is NaN or Inf, MemoryError or torch.OutOfMemoryError.
+        """
         batch = batch.to(self.device)
-        image, survival = self._tiled(batch) if max(batch.shape[-2:]) > TILE else self._predict(batch)
+        try:
+            image, survival = self._tiled(batch) if max(batch.shape[-2:]) > TILE else self._predict(batch)
+        except RuntimeError as error:
+            if "allocate memory" in str(error):  # torch has no exception of its own for it on CPUs
+                raise MemoryError(str(error)) from error
+            raise
         if not torch.isfinite(image).all():
             raise FloatingPointError("the network's output is not finite")
         output = to_uint8(image)

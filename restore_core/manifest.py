@@ -216,7 +216,7 @@ def parse_retry(text: str | None) -> Retry:
     if text is None:
         return Retry()
     classes = known if text == "all" else tuple(part for part in re.split(r"[,\s]+", text) if part)
-    for name in classes:
+    for name in classes or ("''",):
         if name not in known:
             raise UsageError(f"--retry-failed {name}: no such class of failures; use all or some of {', '.join(known)}")
     return Retry(classes=frozenset(classes))

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from restore_core import codec
+from restore_core import codec, manifest
 from restore_core.errors import ItemError
 from restore_core.manifest import Row
 from restore_core.storage import Storage
@@ -41,7 +41,9 @@ def encode(row: Row, source: bytes, picture: codec.Picture, restored: Pixels, *,
 
 def write(row: Row, data: bytes, output: Storage) -> None:
     """Put the file at the input's own key, whole or not at all. Raises ItemError `write` or `denied`."""
-    output.write(row.key, data)
+    if row.key == manifest.FOLDER:
+        raise ItemError("write", f"the name {row.key} is the ledger's; rename the file")
+    output.write(row.key, data, content_type=f"image/{str(row.format).lower()}")
     row.output_key = row.key
     row.output_sha256 = hashlib.sha256(data).hexdigest()
 

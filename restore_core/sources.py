@@ -7,6 +7,7 @@ import hashlib
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from restore_core import codec
-from restore_core.errors import ItemError, UsageError
+from restore_core.errors import ItemError, StorageError, UsageError
 from restore_core.storage import Storage, key_of
 
 TAR_BUFFER_BYTES = 8 * 2**20
@@ -149,8 +150,25 @@ def is_internal(key: str) -> bool:
     return any(part.startswith("_") for part in PurePosixPath(key).parts[:-1])
 
 
-def image_column(schema: pa.Schema) -> str:
-    """The column of encoded files: `image`, else the only binary or {bytes, path} one. Raises UsageError."""
+@contextmanager
+def open_parquet(storage: Storage, key: str, option: str) -> Iterator[pq.ParquetFile]:
+    """One Parquet file of photographs. Raises UsageError, naming option and file, when it cannot be read."""
+    filesystem, root = storage.filesystem()
+    try:
+        with filesystem.open_input_file(f"{root}/{key}") as handle:
+            yield pq.ParquetFile(handle)
+    except StorageError:
+        raise
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"{option} {storage.join(key)}: not a readable Parquet file ({reason}); replace it") from error
+
+
+def image_column(schema: pa.Schema, place: str = "a Parquet file") -> str:
+    """The column of encoded files: `image`, else the only binary or {bytes, path} one.
+
+    Raises UsageError that begins with `place`.
+    """
 
     def holds_bytes(kind: pa.DataType) -> bool:
         if pa.types.is_struct(kind):
@@ -163,7 +181,7 @@ def image_column(schema: pa.Schema) -> str:
     if len(candidates) == 1:
         return str(candidates[0])
     raise UsageError(
-        f"the Parquet columns are {', '.join(schema.names)}: name the one of encoded images 'image' "
+        f"{place}: its columns are {', '.join(schema.names)}; name the one of encoded images 'image' "
         f"(type binary, or a struct with a field 'bytes')"
     )
 
@@ -190,9 +208,9 @@ def keys_of(table: pa.Table) -> list[str]:
     return [hashlib.sha256(data or b"").hexdigest() for data in column]
 
 
-def dataset_columns(schema: pa.Schema) -> list[str]:
-    """The columns that training needs of a Parquet file."""
-    return [name for name in ("key", "split") if name in schema.names] + [image_column(schema)]
+def dataset_columns(schema: pa.Schema, place: str = "a Parquet file") -> list[str]:
+    """The columns that training needs of a Parquet file. Raises UsageError that begins with `place`."""
+    return [name for name in ("key", "split") if name in schema.names] + [image_column(schema, place)]
 
 
 DECODED_SCHEMA = pa.schema(
@@ -227,12 +245,11 @@ def decode_rows(table: pa.Table, split: str, canvas: int) -> pa.Table:
 
 def read_split(storage: Storage, option: str, split: str, canvas: int, limit: int) -> pa.Table:
     """The first `limit` photographs of a split, decoded as `decode_rows` does, in this process."""
-    filesystem, root = storage.filesystem()
     parts = [DECODED_SCHEMA.empty_table()]
     for key in parquet_files(storage, option):
-        with filesystem.open_input_file(f"{root}/{key}") as handle:
-            file = pq.ParquetFile(handle)
-            for batch in file.iter_batches(batch_size=64, columns=dataset_columns(file.schema_arrow)):
+        with open_parquet(storage, key, option) as file:
+            columns = dataset_columns(file.schema_arrow, f"{option} {storage.join(key)}")
+            for batch in file.iter_batches(batch_size=64, columns=columns):
                 parts.append(decode_rows(pa.table(batch), split, canvas))
                 if sum(map(len, parts)) >= limit:
                     return pa.concat_tables(parts)[:limit]
@@ -241,12 +258,12 @@ def read_split(storage: Storage, option: str, split: str, canvas: int, limit: in
 
 def count_split(storage: Storage, option: str, split: str) -> int:
     """Rows of a split over all Parquet files; image bytes are read only where there is no column `split`."""
-    filesystem, root = storage.filesystem()
     total = 0
     for key in parquet_files(storage, option):
-        with filesystem.open_input_file(f"{root}/{key}") as handle:
-            file = pq.ParquetFile(handle)
-            columns = ["split"] if "split" in file.schema_arrow.names else dataset_columns(file.schema_arrow)
+        with open_parquet(storage, key, option) as file:
+            columns = dataset_columns(file.schema_arrow, f"{option} {storage.join(key)}")
+            if "split" in columns:
+                columns = ["split"]
             total += sum(splits(pa.table(batch)).count(split) for batch in file.iter_batches(columns=columns))
     return total
 

@@ -122,7 +122,7 @@ class Trainer:
     def train_epoch(self, batches: Iterable[Photographs]) -> dict[str, float]:
         """Train on every batch once. Returns mean loss, samples per second and other figures of the epoch.
 
-        Raises DivergedError when the loss is not finite.
+        Raises DivergedError when the loss is not finite, ValueError when there is no batch.
         """
         torch.manual_seed(seed_of(self.config.seed, "dropout", self.epoch) & 2**63 - 1)
         self.distributed.train()
@@ -135,7 +135,9 @@ class Trainer:
             samples += len(batch)
             if step % LOSS_CHECK_STEPS == 0:
                 self._check_loss(total, step)
-        mean = self._check_loss(total, step) / max(1, step + 1)
+        if step < 0:
+            raise ValueError("an epoch without a single batch: no training photograph could be decoded")
+        mean = self._check_loss(total, step) / (step + 1)
         samples *= _world_size()
         self.epoch += 1
         return {

@@ -92,7 +92,7 @@ def _strip_webp(source: bytes, block: bytes) -> bytes:
         chunk = bytearray(source[at:end])
         if chunk[:4] == b"VP8X":
             chunk[8] = chunk[8] & ~0x0C | (0x08 if block else 0)  # flags: no XMP, EXIF as it will be
-        if chunk[:4] in (b"VP8X", b"ICCP", b"ALPH", b"VP8 ", b"VP8L"):
+        if bytes(chunk[:4]) in (b"VP8X", b"ICCP", b"ALPH", b"VP8 ", b"VP8L"):
             chunks.append(bytes(chunk))
         at = end
     if block:

@@ -7,6 +7,7 @@ import numpy as np
 from restore_core import sources
 from restore_core.checkpoint import ModelFolder
 from restore_core.degradations import Generator, degrade, fixed_damage, seed_of
+from restore_core.errors import UsageError
 from restore_core.inference import Restorer
 from restore_core.metrics import psnr, ssim
 from restore_core.storage import Storage
@@ -23,8 +24,12 @@ def evaluate(
 
     Samples are central face crops resized with Lanczos; a size of 0 takes the whole photographs. Photographs that the
     model finds undamaged stay as they are, as in the restore job. Returns one row a damage and size.
+
+    Raises UsageError when no photograph can be decoded.
     """
     table = sources.read_split(data, "--data", split, canvas, images)
+    if not len(table):
+        raise UsageError(f"--split {split}: none of its photographs in {data.uri} can be decoded; pack them again")
     keys, pixels, heights, widths = (table[name].to_pylist() for name in sources.DECODED_SCHEMA.names)
     photographs = Photographs.of(keys, pixels, heights, widths, canvas)
     restorer = Restorer(model)

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from restore_core import manifest, sources
 from restore_core.errors import UsageError
@@ -24,6 +23,9 @@ def list_input(storage: Storage) -> list[Object]:
     """Every object but those of an earlier restore's own folder. Raises UsageError when there are none."""
     own = f"{manifest.FOLDER}/"
     objects = [item for item in storage.list() if not item.key.startswith(own)]
+    dataset = [item for item in objects if not sources.is_internal(item.key)]
+    if dataset and is_parquet(dataset):
+        return dataset  # without what jobs/pack_dataset.py says about it
     if not objects:
         raise UsageError(f"--input {storage.uri}: no files there; check the path or prefix")
     return objects
@@ -41,44 +43,40 @@ class RowGroup:
 
 def list_row_groups(storage: Storage, files: list[Object]) -> list[RowGroup]:
     """The rows of all Parquet files. A row's key is its column `key`, else FILE#ROW. Raises UsageError."""
-    filesystem, root = storage.filesystem()
-    groups = []
+    groups: list[RowGroup] = []
     seen: set[str] = set()
+    targets: dict[str, str] = {}
     for item in files:
-        try:
-            with filesystem.open_input_file(f"{root}/{item.key}") as handle:
-                file = pq.ParquetFile(handle)
-                sources.image_column(file.schema_arrow)
-                keyed = "key" in file.schema_arrow.names
-                first = 0
-                for group in range(file.num_row_groups):
-                    count = file.metadata.row_group(group).num_rows
-                    if keyed:
-                        keys = [str(key) for key in file.read_row_group(group, columns=["key"])["key"].to_pylist()]
-                    else:
-                        keys = [f"{item.key}#{first + row}" for row in range(count)]
-                    first += count
-                    for key in keys:
-                        if key in seen:
-                            raise UsageError(
-                                f"--input {storage.join(item.key)}: key {key!r} occurs twice; make keys unique"
-                            )
-                        seen.add(key)
-                    suffix = "" if file.num_row_groups == 1 else f"-{group:05d}"
-                    groups.append(
-                        RowGroup(
-                            file=item.key,
-                            group=group,
-                            objects=[Object(key, item.size, item.etag) for key in keys],
-                            output_key=item.key.removesuffix(".parquet") + suffix + ".parquet",
-                        )
+        place = f"--input {storage.join(item.key)}"
+        with sources.open_parquet(storage, item.key, "--input") as file:
+            sources.image_column(file.schema_arrow, place)
+            keyed = "key" in file.schema_arrow.names
+            first = 0
+            for group in range(file.num_row_groups):
+                count = file.metadata.row_group(group).num_rows
+                if keyed:
+                    keys = [str(key) for key in file.read_row_group(group, columns=["key"])["key"].to_pylist()]
+                else:
+                    keys = [f"{item.key}#{first + row}" for row in range(count)]
+                first += count
+                for key in keys:
+                    if key in seen:
+                        raise UsageError(f"{place}: key {key!r} occurs twice; make keys unique")
+                    seen.add(key)
+                suffix = "" if file.num_row_groups == 1 else f"-{group:05d}"
+                target = item.key.removesuffix(".parquet") + suffix + ".parquet"
+                if targets.setdefault(target, item.key) != item.key:
+                    raise UsageError(f"{place}: its output {target} is also that of {targets[target]}; rename one")
+                groups.append(
+                    RowGroup(
+                        file=item.key,
+                        group=group,
+                        objects=[Object(key, item.size, item.etag) for key in keys],
+                        output_key=target,
                     )
-        except pa.ArrowInvalid as error:
-            raise UsageError(f"--input {storage.join(item.key)}: not a readable Parquet file ({error})") from error
-        except UsageError as error:
-            if str(error).startswith("--input"):
-                raise
-            raise UsageError(f"--input {storage.join(item.key)}: {error}") from error
+                )
+    if not seen:
+        raise UsageError(f"--input {storage.uri}: no rows in its Parquet files; check the path or prefix")
     return groups
 
 

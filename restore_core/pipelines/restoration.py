@@ -21,7 +21,7 @@ import ray
 import ray.data
 import torch
 
-from restore_core import manifest, provenance, sources
+from restore_core import codec, manifest, provenance, sources
 from restore_core.checkpoint import ModelFolder
 from restore_core.errors import ItemError, UsageError
 from restore_core.inference import Restorer
@@ -48,6 +48,8 @@ IO_THREADS = 8
 RUN_FILE = f"{manifest.FOLDER}/run.json"
 SAMPLES, SAMPLE_PIXELS = 12, 2**24
 """Of the report: how many photographs it shows, and how large one may be for it."""
+LOST_ROW = "working on it failed twice, the second time on this object alone: a crash, or an error in the log above"
+LOST_ROW_GROUP = "working on its row group failed twice: one of the images there crashes, or see the log above"
 NO_RETRY = Retry()
 RESULT_OPTIONS = ("strip_metadata",)
 """Options that decide what a restored file looks like; with another value it is done again."""
@@ -151,10 +153,19 @@ class WriteItems(Stage):
 
 
 def build_dataset(
-    units: list[pa.Table], run: RestoreRun, *, actors: int, batch_size: int, separate: bool, gpus: float
+    units: list[pa.Table],
+    run: RestoreRun,
+    *,
+    actors: int,
+    batch_size: int,
+    separate: bool,
+    gpus: float,
+    alone: bool = False,
 ) -> ray.data.Dataset:
-    """The graph: one fused stage, or decode -> restore -> write in processes of their own (`separate`)."""
-    ray.data.DataContext.get_current().max_errored_blocks = -1
+    """The graph: one fused stage, or decode -> restore -> write in processes of their own (`separate`).
+
+    With `alone` no unit waits at an actor while another is worked on, so that a crash costs the one that caused it.
+    """
     shared = [ray.put(run)]  # in a list, since Ray would resolve a bare reference itself, once for each actor
     # A crashed actor is started again and its unit tried once more; a unit that fails twice is left out, and found
     # missing in the ledger afterwards. (Finite max_restarts with max_errored_blocks=-1 hangs: ray#62746.)
@@ -167,7 +178,7 @@ def build_dataset(
     }
     held = {**robust, "fn_constructor_args": (shared,), "num_cpus": 1}
     dataset = ray.data.from_arrow(units)
-    pool = ray.data.ActorPoolStrategy(size=actors)
+    pool = ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1 if alone else None)
     with warnings.catch_warnings():
         # max_task_retries has no other way in yet; without it a poisoned unit would be tried for ever.
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", DeprecationWarning)
@@ -198,20 +209,24 @@ def restore(
     ledger = Ledger(output, run_id)
     identity = manifest.options_hash({name: getattr(options, name) for name in RESULT_OPTIONS})
     existing = {item.key for item in output.list()}
+    before = ledger.latest()
     work = {
         item.key: Row(
             key=item.key, size=item.size, etag=item.etag, model=model.sha256, options=identity, attempt=attempt,
             run_id=run_id,
         )
         for item, attempt in manifest.left_to_do(
-            objects, ledger.latest(), model=model.sha256, options=identity, retry=options.retry, exists=existing
+            objects, before, model=model.sha256, options=identity, retry=options.retry, exists=existing
         )
     }  # fmt: skip
     started = time.perf_counter()
     logger.info("%d objects listed, %d of them left to do", len(objects), len(work))
     if work:
         _run(work, groups, input, output, model, options, ledger)
-    table = _of_listing(ledger.merge(), objects)
+    merged = ledger.merge()
+    if groups is not None:
+        _remove_outdated(output, before, merged, targets={group.output_key for group in groups})
+    table = _of_listing(merged, objects)
     seconds = time.perf_counter() - started
     assert len(table) == len(objects), "the ledger does not close: a bug"
     statuses, errors = manifest.counts(table, "status"), manifest.counts(table, "error")
@@ -255,6 +270,8 @@ def _run(
     device = cluster.pick_device(options.device)
     cpus, gpus = cluster.resources()
     most = gpus if device == "cuda" else cpus
+    if most == 0:
+        raise UsageError(f"--device {device}: the cluster has 0 CPUs for work now; add a worker node (min_workers: 1)")
     actors = options.workers or most
     if actors > most:
         raise UsageError(
@@ -271,6 +288,8 @@ def _run(
         strip_metadata=options.strip_metadata,
     )
     account = _Account(ledger, total=len(work))
+    context = ray.data.DataContext.get_current()
+    allowed, context.max_errored_blocks = context.max_errored_blocks, -1
     try:
         # What is missing after the first pass was beside something that killed its actor; in the second it is alone.
         for alone in (False, True):
@@ -292,14 +311,16 @@ def _run(
                 batch_size=options.batch_size,
                 separate=device == "cuda" and groups is None,
                 gpus=1 if device == "cuda" else 0,
+                alone=alone,
             )
             account.follow(dataset)
         for key, row in work.items():
             if key not in account.done:
-                row.fail("decode", "the process that worked on it died twice, the second time on this object alone")
+                row.fail("decode", LOST_ROW if groups is None else LOST_ROW_GROUP)
                 stages.finish(row)
                 account.add([row])
     finally:
+        context.max_errored_blocks = allowed
         account.flush()
 
 
@@ -354,6 +375,12 @@ class _Account:
         self._flushed = time.monotonic()
 
 
+def _remove_outdated(output: Storage, before: pa.Table, after: pa.Table, targets: set[str]) -> None:
+    """Delete shards that no row is in any more, as when an input file has another number of row groups than before."""
+    for key in set(before["output_key"].to_pylist()) - set(after["output_key"].to_pylist()) - targets - {None}:
+        output.delete(key)
+
+
 def _of_listing(table: pa.Table, objects: list[Object]) -> pa.Table:
     """The rows of what is in the input now; what has been deleted there keeps its row in the ledger."""
     return table.filter(pa.compute.is_in(table["key"], pa.array([item.key for item in objects], pa.string())))
@@ -369,8 +396,12 @@ def _samples(
     rows = manifest.rows_of(restored.take(pa.array(spread, pa.int64())))
     samples = []
     for row in rows:
-        with contextlib.suppress(ItemError):  # deleted in the meantime, say: then the page has one picture less
-            samples.append((row, *_read_pair(row, input, output, groups)))
+        # Deleted or damaged in the meantime, say: then the page has one picture less.
+        with contextlib.suppress(ItemError, OSError, pa.ArrowInvalid):
+            pair = _read_pair(row, input, output, groups)
+            for file in pair:
+                codec.decode(file)
+            samples.append((row, *pair))
     return samples
 
 

@@ -126,7 +126,7 @@ def encode(item: Item, run: RestoreRun) -> bytes | None:
         assert item.source is not None and item.picture is not None
         if item.restored is None:
             item.row.status, item.row.change = "unchanged", 0.0
-            return item.source
+            return codec.without_metadata(item.source, picture=item.picture) if run.strip_metadata else item.source
         return sinks.encode(item.row, item.source, item.picture, item.restored, strip_metadata=run.strip_metadata)
     return None
 

@@ -73,6 +73,9 @@ def prepare(config: TrainConfig, data: Storage, folder: Storage, initial: checkp
         )
     if not sources.count_split(data, "--data", sources.VALIDATION):
         raise UsageError(f"--data {data.uri}: no photographs in split 'val'; pack again with a larger --val-share")
+    for split in (sources.TRAIN, sources.VALIDATION):
+        if not len(sources.read_split(data, "--data", split, config.canvas, limit=1)):
+            raise UsageError(f"--data {data.uri}: no photograph in split {split!r} can be decoded; pack it again")
     options = _options(config, data, initial)
     if folder.exists(OPTIONS_FILE):
         older = json.loads(folder.read(OPTIONS_FILE))
@@ -105,7 +108,8 @@ def train(
     cuda = cluster.pick_device(device) == "cuda"
     cpus, gpus = cluster.resources()
     most = gpus if cuda else max(1, cpus - 1)  # Ray Data needs a CPU for itself, or all wait for ever
-    count = workers or most
+    # By itself it takes as many as the batch can be dealt out to.
+    count = workers or next(number for number in range(max(1, most), 0, -1) if config.batch_size % number == 0)
     if count > most:
         have = f"{gpus} GPUs" if cuda else f"{cpus} CPUs, of which Ray Data needs one"
         raise UsageError(f"--workers {count}: the cluster has {have}; use --workers {most} or add nodes")
@@ -264,7 +268,7 @@ def _finish(run: TrainRun, state: Path, cuda: bool) -> Trained:
     trainer.load_state(state)
     history = trainer.history
     last = history[-1]
-    card = {
+    card: dict[str, Any] = {
         "trained": {
             "command": " ".join(["python", *sys.argv]),
             "commit": provenance.commit(),
@@ -288,6 +292,10 @@ def _finish(run: TrainRun, state: Path, cuda: bool) -> Trained:
         },
     }
     model = output.child("model")
+    if model.exists(checkpoint.CONFIG_FILE):
+        written = json.loads(model.read(checkpoint.CONFIG_FILE))
+        if written["trained"]["samples"] == card["trained"]["samples"]:  # finished before: its card stays true
+            card = {name: value for name, value in written.items() if name != "architecture"}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(trainer.average, config.model, card, Path(folder))
         for file in sorted(Path(folder).iterdir()):

@@ -50,7 +50,12 @@ def open_storage(uri: str | Path, *, option: str = "--input") -> Storage:
             f"{option} {_redacted(text)}: {match[1]}:// is not supported; use a local path or s3://bucket/prefix"
         )
     root = Path(os.path.realpath(text))  # absolute: Ray's workers run in other directories
-    return LocalStorage(root.parent, only=key_of(root.name)) if root.is_file() else LocalStorage(root)
+    try:
+        return LocalStorage(root.parent, only=key_of(root.name)) if root.is_file() else LocalStorage(root)
+    except OSError as error:  # a folder above may not be entered, or the name is too long
+        raise UsageError(
+            f"{option} {one_line(key_of(text))}: {error.strerror}; check the path and its permissions"
+        ) from error
 
 
 def require_readable(storage: Storage, option: str) -> None:

@@ -111,7 +111,10 @@ class LocalStorage:
     def check_writable(self, option: str) -> None:
         if self.only is not None:
             raise UsageError(f"{option} {self.join(self.only)}: is a file; name a folder")
-        existing = next(path for path in (self.root, *self.root.parents) if path.exists())
+        try:
+            existing = next(path for path in (self.root, *self.root.parents) if path.exists())
+        except OSError as error:
+            raise UsageError(f"{option} {self.uri}: {error.strerror}; check the path and its permissions") from None
         if not existing.is_dir():
             raise UsageError(f"{option} {self.uri}: {existing} is a file; name a folder")
         if not os.access(existing, os.W_OK | os.X_OK):

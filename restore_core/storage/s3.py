@@ -206,6 +206,8 @@ def _describe(error: Exception) -> str:
 def _advice(error: Exception) -> str:
     if _code(error) in ("NoCredentialsError", "PartialCredentialsError"):
         return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give the machine a role"
+    if _code(error) == "ProfileNotFound":
+        return "check AWS_PROFILE"
     if _status(error) == 403:
         return "check the credentials and their permissions"
     return "check the bucket's name" if _status(error) == 404 else "check AWS_ENDPOINT_URL, AWS_REGION and the network"

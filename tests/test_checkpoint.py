@@ -216,7 +216,8 @@ def test_a_config_without_architecture(folder: Path, text: str) -> None:
 UNKNOWN = [
     ({"kind": "gan"}, "architecture kind 'gan': use one of autoencoder, residual_unet"),
     ({"depth": 3}, "architecture field 'depth' is not known to residual_unet; it has blocks, channels, gate, kind"),
-    ({"blocks": [0, 1]}, "--model.blocks (0, 1): use 1 or more blocks per scale"),
+    ({"channels": [2**40, 1]}, "--model.channels (1099511627776, 1): use 1 to 8192 channels per scale"),
+    ({"blocks": [0, 1]}, "--model.blocks (0, 1): use 1 to 64 blocks per scale"),
 ]
 
 
@@ -245,6 +246,13 @@ def test_weights_in_half_precision_are_computed_with_in_single(folder: Path) -> 
     safetensors.torch.save_file({name: tensor.half() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
     for name, tensor in checkpoint.load(checkpoint.read(str(folder))).state_dict().items():
         assert torch.equal(tensor, tensors[name].half().float())
+
+
+def test_weights_of_another_kind_are_refused(folder: Path) -> None:
+    tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+    tensors["head.bias"] = tensors["head.bias"].to(torch.int32)
+    safetensors.torch.save_file(tensors, folder / WEIGHTS_FILE)
+    assert "model.safetensors does not fit config.json: tensor 'head.bias' is of torch.int32" in refusal(folder)
 
 
 # --- Bundled ---------------------------------------------------------------------------------------------------------

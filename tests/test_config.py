@@ -43,16 +43,21 @@ def test_require_has_one_form() -> None:
 
 
 BAD = [
-    (AutoencoderConfig, "depth", 0, "--model.depth 0: use 1 or more"),
-    (AutoencoderConfig, "base_channels", -1, "--model.base-channels -1: use 1 or more"),
+    (AutoencoderConfig, "depth", 0, "--model.depth 0: use 1 to 10"),
+    (
+        AutoencoderConfig,
+        "base_channels",
+        -1,
+        "--model.base-channels -1: use 1 or more, and not over 8192 at the last block",
+    ),
     (AutoencoderConfig, "kernel_size", 4, "--model.kernel-size 4: use 3 or 5"),
     (AutoencoderConfig, "resample", "bilinear", "--model.resample bilinear: use strided or pool"),
     (AutoencoderConfig, "dropout", 1.0, "--model.dropout 1.0: use a share from 0 to below 1"),
     (AutoencoderConfig, "dropout", NAN, "--model.dropout nan: use a share from 0 to below 1"),
-    (ResidualUNetConfig, "channels", (), "--model.channels (): name at least one scale"),
-    (ResidualUNetConfig, "channels", (8, 0), "--model.channels (8, 0): use 1 or more channels per scale"),
+    (ResidualUNetConfig, "channels", (), "--model.channels (): name 1 to 10 scales"),
+    (ResidualUNetConfig, "channels", (8, 0), "--model.channels (8, 0): use 1 to 8192 channels per scale"),
     (ResidualUNetConfig, "blocks", (1, 1), "--model.blocks (1, 1): name as many as scales"),
-    (ResidualUNetConfig, "blocks", (2, 2, 0, 2, 2), "--model.blocks (2, 2, 0, 2, 2): use 1 or more blocks per scale"),
+    (ResidualUNetConfig, "blocks", (2, 2, 0, 2, 2), "--model.blocks (2, 2, 0, 2, 2): use 1 to 64 blocks per scale"),
     (DamageConfig, "noise_share", -0.1, "--damage.noise-share -0.1: use a number from 0 to 1"),
     (DamageConfig, "noise_sigma_max", 256, "--damage.noise-sigma-max 256: use a number from 0 to 255"),
     (DamageConfig, "flips_share", 1.5, "--damage.flips-share 1.5: use a number from 0 to 1"),
@@ -161,7 +166,7 @@ def test_unknown_networks_are_refused_by_name() -> None:
     assert message_of(model_config, {"kind": "residual_unet", "depth": 3}) == (
         "architecture field 'depth' is not known to residual_unet; it has blocks, channels, gate, kind"
     )
-    assert message_of(model_config, {"kind": "autoencoder", "depth": 0}) == "--model.depth 0: use 1 or more"
+    assert message_of(model_config, {"kind": "autoencoder", "depth": 0}) == "--model.depth 0: use 1 to 10"
     assert message_of(model_config, {"kind": "residual_unet", "channels": ["x"]}) == (
         "architecture field 'channels' is ('x',); use a value like (24, 48, 96, 160, 192)"
     )

@@ -97,6 +97,7 @@ BROKEN = {
     "broken/sixteen bit.png": (
         encoded(Image.fromarray(np.full((8, 8), 40_000, np.uint16)), "PNG"), "unsupported",
     ),
+    "_restore": (GOOD["a/tiny.jpg"], "write"),  # the name of the ledger's folder
     "broken/over budget.png": (encoded(Image.new("RGB", (400, 300)), "PNG"), "too_large"),
 }  # fmt: skip
 TREE = {**GOOD, **HOSTILE, **{key: data for key, (data, _) in BROKEN.items()}}
@@ -210,7 +211,7 @@ def test_the_record_and_the_report_close(tree: tuple[Path, Path], small_model: M
     record = json.loads((output / "_restore/run.json").read_text())
     assert record["listed"] == len(TREE) == sum(record["statuses"].values())
     assert record["statuses"] == {"failed": len(BROKEN), "restored": len(GOOD) + len(HOSTILE)}
-    assert record["errors"] == {"not_an_image": 2, "too_large": 1, "truncated": 2, "unsupported": 2}
+    assert record["errors"] == {"not_an_image": 2, "too_large": 1, "truncated": 2, "unsupported": 2, "write": 1}
     assert record["model"]["sha256"] == checkpoint.read(str(small_model(1))).sha256
     assert record["options"]["max_pixels"] == 100_000
     page = (output / "_restore/report.html").read_text()
@@ -313,6 +314,8 @@ def test_what_is_done_stays_done_and_what_has_changed_is_redone(
 def test_too_many_failures_are_exit_code_1(tree: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
     source, output = tree
     shutil.copytree(output, tmp_path / "out")
+    for key in GOOD:  # damaged since: not redone by this job, and no reason to fail
+        (tmp_path / "out" / key).write_bytes(b"")
     assert run(source, tmp_path / "out", max_megapixels=0.1, max_failed_share=0.1) == 1
     record = json.loads((tmp_path / "out/_restore/run.json").read_text())
     assert record["already_done"] == len(TREE) and record["statuses"]["failed"] == len(BROKEN)
@@ -335,6 +338,16 @@ def test_undamaged_photographs_are_copied_byte_for_byte(tmp_path: Path, run: Run
     assert {key: row.status for key, row in rows.items()} == dict.fromkeys(files, "unchanged")
     assert {row.change for row in rows.values()} == {0.0}
     assert files_of(tmp_path / "out") == files
+
+    camera = Image.Exif()
+    camera[271], camera[274] = "Camera", 6
+    with_exif = encoded(photograph(48, 48, 2), quality=92, exif=camera)
+    (source / "a/face.jpg").write_bytes(with_exif)
+    assert run(source, tmp_path / "out", tmp_path / "identity", strip_metadata=True) == 0
+    assert {row.status for row in assert_closed(tmp_path / "out", set(files)).values()} == {"unchanged"}
+    stripped = (tmp_path / "out/a/face.jpg").read_bytes()
+    assert dict(Image.open(io.BytesIO(stripped)).getexif()) == {274: 6}
+    np.testing.assert_array_equal(codec.decode(stripped).pixels, codec.decode(with_exif).pixels)
 
 
 def test_a_network_that_has_gone_bad_writes_nothing(tmp_path: Path, run: Run) -> None:
@@ -436,6 +449,14 @@ def test_our_own_dataset_comes_back_with_other_images(tmp_path: Path, run: Run) 
     assert pa.concat_tables(pq.read_table(part) for part in parts).equals(restored)
     assert ledger_of(tmp_path / "out").keys() == rows.keys()
 
+    pq.write_table(table, tmp_path / "in/train-00000.parquet", row_group_size=7)
+    (tmp_path / "in/_pack").mkdir()
+    (tmp_path / "in/_pack/broken.csv").write_text("key,error,message")
+    assert run(tmp_path / "in", tmp_path / "out") == 0
+    assert [part.name for part in (tmp_path / "out").glob("*.parquet")] == ["train-00000.parquet"], "rows are doubled"
+    assert pq.read_table(tmp_path / "out/train-00000.parquet")["key"].to_pylist() == table["key"].to_pylist()
+    assert ledger_of(tmp_path / "out").keys() == rows.keys()
+
 
 def test_the_hugging_face_layout_passes_through(tmp_path: Path, run: Run) -> None:
     cells = [
@@ -513,18 +534,18 @@ def test_an_object_that_kills_its_worker_costs_only_itself(
             self.restore = RestoreUnit(*arguments)
 
         def __call__(self, unit: pa.Table) -> pa.Table:
-            if "poison.jpg" in unit["key"].to_pylist():
+            if "0poison.jpg" in unit["key"].to_pylist():
                 os._exit(1)
             return self.restore(unit)
 
     monkeypatch.setattr(restoration, "RestoreUnit", Poisoned)
-    files = {f"{index}.jpg": GOOD["a/tiny.jpg"] for index in range(8)} | {"poison.jpg": GOOD["a/face.jpg"]}
+    files = {f"{index}.jpg": GOOD["a/tiny.jpg"] for index in range(8)} | {"0poison.jpg": GOOD["a/face.jpg"]}
     source = write_tree(tmp_path / "in", files)
     assert run(source, tmp_path / "out", batch_size=3) == 0
     rows = assert_closed(tmp_path / "out", set(files))
     failed = [row for row in rows.values() if row.status == "failed"]
-    assert [(row.key, row.error) for row in failed] == [("poison.jpg", "decode")]
-    assert "died twice" in str(failed[0].message)
+    assert [(row.key, row.error) for row in failed] == [("0poison.jpg", "decode")]
+    assert failed[0].message == restoration.LOST_ROW
 
 
 def start(*arguments: object, **environment: str) -> "subprocess.Popen[str]":
@@ -593,7 +614,7 @@ def command(
 
 def refused(text: str, *parts: object) -> None:
     """One line, with the option, its value and what to do."""
-    assert text.startswith("error: --") and text.count("\n") == 1 and text.endswith("\n"), text
+    assert text.startswith("error: ") and text.count("\n") == 1 and text.endswith("\n"), text
     for part in parts:
         assert str(part) in text
 
@@ -647,10 +668,13 @@ def test_options_that_make_no_sense_are_refused(command: Callable[..., str]) -> 
     assert "--workers many: use auto or a number" in command(workers="many")
     assert "--workers 0: use auto or a number" in command(workers=0)
     assert "--max-failed-share 2.0: use a share" in command(max_failed_share=2)
-    assert "--max-megapixels 0.0: use a number above 0" in command(max_megapixels=0)
-    assert "--no-such-option" in command(no_such_option=1)
-    assert "--device" in command(device="tpu")
+    assert "--max-megapixels 0.0: use a number from 0" in command(max_megapixels=0)
+    assert "--max-megapixels inf: use a number from 0" in command(max_megapixels="inf")
+    refused(command(no_such_option=1), "--no-such-option")
+    refused(command(device="tpu"), "--device", "tpu")
+    refused(command(batch_size="abc"), "--batch-size", "abc")
     refused(command(retry_failed="borken"), "--retry-failed borken", "not_an_image")
+    refused(command(retry_failed=""), "--retry-failed '': no such class")
 
 
 def test_a_refused_option_is_one_line(command: Callable[..., str]) -> None:
@@ -672,6 +696,13 @@ def test_parquet_that_cannot_be_used_is_refused(command: Callable[..., str], tmp
     )
     pq.write_table(table.select(["key", "width"]), tmp_path / "columns/a.parquet")
     refused(command(input=tmp_path / "columns"), f"--input {tmp_path}/columns/a.parquet", "columns are key, width")
+    for folder in ("empty", "colliding"):
+        (tmp_path / folder).mkdir()
+    pq.write_table(table.slice(0, 0), tmp_path / "empty/a.parquet")
+    refused(command(input=tmp_path / "empty"), f"--input {tmp_path}/empty", "no rows in its Parquet files")
+    pq.write_table(dataset_table(2), tmp_path / "colliding/a.parquet", row_group_size=1)
+    pq.write_table(dataset_table(4).slice(2), tmp_path / "colliding/a-00001.parquet")
+    refused(command(input=tmp_path / "colliding"), "its output a-00001.parquet is also that of a-00001.parquet")
     (tmp_path / "broken/a.parquet").write_bytes(b"PAR1 or not")
     refused(command(input=tmp_path / "broken"), f"--input {tmp_path}/broken/a.parquet", "not a readable Parquet file")
 

@@ -292,7 +292,7 @@ def test_the_image_column_is_found() -> None:
         with pytest.raises(UsageError) as caught:
             image_column(pa.schema([("a", kind), ("b", kind)]))
         assert str(caught.value) == (
-            "the Parquet columns are a, b: name the one of encoded images 'image' "
+            "a Parquet file: its columns are a, b; name the one of encoded images 'image' "
             "(type binary, or a struct with a field 'bytes')"
         )
 
@@ -410,7 +410,7 @@ def test_counting_does_not_read_the_images_where_there_is_a_split(place: Storage
     data[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
     place.write("a.parquet", bytes(data))
     assert count_split(place, "--data", "train") == 20
-    with pytest.raises(OSError):
+    with pytest.raises(UsageError, match=r"^--data .*a\.parquet: not a readable Parquet file"):
         read_split(place, "--data", "train", 32, limit=1)
 
 

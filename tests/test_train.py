@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import skimage.data
 import torch
@@ -33,7 +35,7 @@ pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_FILES = {"options.json", "metrics.csv", "loss.png", "samples.png", "model/model.safetensors", "model/config.json"}
-SCHEDULE = "32:4"
+SCHEDULE = "32:6"
 Run = Callable[..., Path]
 
 
@@ -100,9 +102,9 @@ def last_row(folder: Path) -> dict[str, float]:
 def test_a_run_leaves_everything_behind(finished: Path) -> None:
     files = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
     assert files >= RUN_FILES
-    assert epochs_of(finished) == [1, 2, 3, 4]
+    assert epochs_of(finished) == [1, 2, 3, 4, 5, 6]
     options = json.loads((finished / "options.json").read_text())
-    assert options["config"]["phases"] == [{"size": 32, "epochs": 4}]
+    assert options["config"]["phases"] == [{"size": 32, "epochs": 6}]
     for name in ("loss.png", "samples.png"):
         with Image.open(finished / name) as image:
             image.load()
@@ -122,7 +124,7 @@ def test_the_card_says_where_the_weights_come_from(finished: Path) -> None:
     assert trained["minutes"] >= 0
     assert trained["workers"] == 1
     assert 8 <= trained["photographs"] < 40
-    assert trained["samples"] == 4 * 8 * (trained["photographs"] // 8)
+    assert trained["samples"] == 6 * 8 * (trained["photographs"] // 8)
     row = last_row(finished)
     assert card["validation"]["psnr_db"] == {name: round(row[f"psnr_{name}"], 2) for name in VALIDATION}
     assert card["validation"]["identity_psnr_db"].keys() == VALIDATION.keys()
@@ -136,12 +138,16 @@ def test_the_model_restores(finished: Path) -> None:
 
 
 def test_a_finished_run_returns_at_once_with_the_same_result(
-    finished: Path, run: Run, capsys: pytest.CaptureFixture[str]
+    finished: Path, run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = (finished / "model/model.safetensors").read_bytes(), (finished / "metrics.csv").read_bytes()
+    def content() -> dict[str, bytes]:
+        return {name: (finished / name).read_bytes() for name in RUN_FILES}
+
+    before = content()
+    monkeypatch.setenv("RESTORE_COMMIT", "another")  # what is found here today is not what trained it
     run(finished.parent, "first", schedule=SCHEDULE)
     assert f"model: {finished}/model\n" in capsys.readouterr().out
-    assert ((finished / "model/model.safetensors").read_bytes(), (finished / "metrics.csv").read_bytes()) == before
+    assert content() == before
 
 
 def test_two_workers_learn_as_one_does(finished: Path, run: Run, tmp_path: Path) -> None:
@@ -275,6 +281,14 @@ def test_more_workers_than_there_are_is_refused(run: Run, tmp_path: Path) -> Non
         cluster.pick_device(job.device)
 
 
+@pytest.mark.parametrize(("cpus", "gpus", "batch", "count"), [(1, None, 8, 1), (4, None, 16, 2), (8, None, 16, 4),
+                         (16, None, 32, 8), (16, 3, 32, 2), (16, 8, 32, 8), (9, None, 7, 7)])  # fmt: skip
+def test_workers_by_themselves_share_the_batch_evenly(cpus: int, gpus: int | None, batch: int, count: int) -> None:
+    from restore_core.pipelines.training import worker_count
+
+    assert worker_count(None, batch, cpus=cpus, gpus=gpus) == count
+
+
 def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
     """The CLI in this process: exit code 2 and one line. Returns the line."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
@@ -307,6 +321,16 @@ def test_data_that_cannot_be_used_is_refused(
         capsys, monkeypatch, "--data", data, "--storage", data / "runs", "--preset", "smoke"
     )
     assert not (data / "runs").exists()
+    for name, content in {"no parquet": b"PAR1 or not", "cut": (data / "val-00000.parquet").read_bytes()[:-9]}.items():
+        broken = write_tree(tmp_path / name, {"a.parquet": content})
+        assert f"--data {broken}/a.parquet: not a readable Parquet file" in call(broken)
+    rows = [{"key": f"{split}/{n}", "split": split, "image": b"?"} for split in ("train", "val") for n in range(8)]
+    (tmp_path / "undecodable").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "undecodable/a.parquet")
+    assert "no photograph in split 'train' can be decoded" in call(tmp_path / "undecodable")
+    (tmp_path / "columns").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows).drop_columns("image"), tmp_path / "columns/a.parquet")
+    assert f"--data {tmp_path}/columns/a.parquet: its columns are key, split; name" in call(tmp_path / "columns")
     assert "--init no-such-model: no bundled model" in call(data, "--init", "no-such-model")
 
 

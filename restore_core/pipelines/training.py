@@ -107,14 +107,7 @@ def train(
     cluster.connect(dashboard=True)  # Ray Train's own clean-up asks it which workers live
     cuda = cluster.pick_device(device) == "cuda"
     cpus, gpus = cluster.resources()
-    most = gpus if cuda else max(1, cpus - 1)  # Ray Data needs a CPU for itself, or all wait for ever
-    # By itself it takes as many as the batch can be dealt out to.
-    count = workers or next(number for number in range(max(1, most), 0, -1) if config.batch_size % number == 0)
-    if count > most:
-        have = f"{gpus} GPUs" if cuda else f"{cpus} CPUs, of which Ray Data needs one"
-        raise UsageError(f"--workers {count}: the cluster has {have}; use --workers {most} or add nodes")
-    if config.batch_size % count:
-        raise UsageError(f"--batch-size {config.batch_size}: not a multiple of the {count} workers; choose a multiple")
+    count = worker_count(workers, config.batch_size, cpus=cpus, gpus=gpus if cuda else None)
     threads = max(1, cluster.cpus_per_node() // min(count, cluster.cpus_per_node()))
     run = TrainRun(
         config=config,
@@ -150,6 +143,21 @@ def train(
         raise DivergedError(result.return_value)
     with result.checkpoint.as_directory() as state:
         return _finish(run, Path(state), cuda)
+
+
+def worker_count(wanted: int | None, batch_size: int, *, cpus: int, gpus: int | None) -> int:
+    """How many training processes: as wanted, else the most that the batch can be dealt out to.
+
+    `gpus` is None for training on CPUs. Raises UsageError when the wanted number does not work.
+    """
+    most = max(1, cpus - 1) if gpus is None else gpus  # Ray Data needs a CPU for itself, or all wait for ever
+    count = wanted or next(number for number in range(most, 0, -1) if batch_size % number == 0)
+    if count > most:
+        have = f"{cpus} CPUs, of which Ray Data needs one" if gpus is None else f"{gpus} GPUs"
+        raise UsageError(f"--workers {count}: the cluster has {have}; use --workers {most} or add nodes")
+    if batch_size % count:
+        raise UsageError(f"--batch-size {batch_size}: not a multiple of the {count} workers; choose a multiple")
+    return count
 
 
 # --- In the workers ------------------------------------------------------------------------------------------------

@@ -269,6 +269,25 @@ def test_separate_processes_give_the_same_bytes(tree: tuple[Path, Path], tmp_pat
         assert row.sigma is None or row.sigma == pytest.approx(other.sigma, rel=1e-4)
 
 
+@pytest.mark.parametrize("key", ["alpha.png", "grey.jpg", "turned"])
+def test_nothing_is_lost_between_processes(key: str) -> None:
+    from restore_core.pipelines import stages
+
+    turned = Image.Exif()
+    turned[274] = 6
+    data = encoded(photograph(9, 7), exif=turned) if key == "turned" else GOOD[key]
+    picture = codec.decode(data)
+    row = Row(key=key, size=len(data), etag="e", model="m", options="o", run_id="r", format=picture.format,
+              mode=picture.mode, width=picture.width, height=picture.height, orientation=picture.orientation)  # fmt: skip
+    item = stages.Item(row, data, picture, 255 - picture.pixels)
+    (after,) = stages.items_of_table(stages.items_to_table([item]))
+    assert (after.row, after.source) == (row, data)
+    assert after.picture is not None and after.restored is not None
+    np.testing.assert_array_equal(after.restored, item.restored)
+    for name, value in vars(picture).items():
+        np.testing.assert_array_equal(getattr(after.picture, name), value, name)
+
+
 # --- Started again -------------------------------------------------------------------------------------------------
 
 

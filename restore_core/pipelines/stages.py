@@ -245,6 +245,7 @@ def items_of_table(table: pa.Table) -> list[Item]:
                 height=row.height,
                 alpha=None if alpha is None else np.frombuffer(alpha, np.uint8).reshape(size),
                 gray=row.mode in ("L", "LA"),
+                orientation=row.orientation,
             )
             if restored is not None:
                 item.restored = np.frombuffer(restored, np.uint8).reshape(*size, 3)

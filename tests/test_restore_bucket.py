@@ -277,8 +277,9 @@ def test_nothing_is_lost_between_processes(key: str) -> None:
     turned[274] = 6
     data = encoded(photograph(9, 7), exif=turned) if key == "turned" else GOOD[key]
     picture = codec.decode(data)
-    row = Row(key=key, size=len(data), etag="e", model="m", options="o", run_id="r", format=picture.format,
-              mode=picture.mode, width=picture.width, height=picture.height, orientation=picture.orientation)  # fmt: skip
+    row = Row(key=key, size=len(data), etag="e", model="m", options="o", run_id="r")
+    row.format, row.mode, row.orientation = picture.format, picture.mode, picture.orientation
+    row.width, row.height = picture.width, picture.height
     item = stages.Item(row, data, picture, 255 - picture.pixels)
     (after,) = stages.items_of_table(stages.items_to_table([item]))
     assert (after.row, after.source) == (row, data)

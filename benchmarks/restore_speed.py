@@ -85,11 +85,7 @@ def main(job: RestoreSpeed) -> int:
             steady.append(rates[1])
             count = sum(1 for _ in source.list())
     result = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": provenance.commit(),
-        "date": provenance.today(),
-        "hardware": provenance.cpu(),
-        "versions": provenance.versions(),
+        **provenance.record(),
         "model": {"name": job.model, "sha256": checkpoint.read(job.model).sha256},
         "images": count,
         "images_per_second": {

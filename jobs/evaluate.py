@@ -56,11 +56,7 @@ def main(job: Evaluate) -> int:
 
     rows = evaluate(model, data, split=job.split, sizes=job.sizes, images=job.images)
     result = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": provenance.commit(),
-        "date": provenance.today(),
-        "hardware": provenance.cpu(),
-        "versions": provenance.versions(),
+        **provenance.record(),
         "model": {"name": job.model, "sha256": model.sha256},
         "rows": rows,
     }

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,17 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown (not run from a git checkout)"
     return done.stdout.strip()
+
+
+def record() -> dict[str, object]:
+    """What every result file says about where its numbers come from."""
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit(),
+        "date": today(),
+        "hardware": cpu(),
+        "versions": versions(),
+    }
 
 
 def versions() -> dict[str, str]:

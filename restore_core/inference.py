@@ -26,7 +26,7 @@ BATCH_PIXELS = 2**20
 
 # Below all of these a photograph counts as undamaged and stays as it is. Found on validation photographs: see
 # DECISIONS.md, "When is a photograph undamaged".
-UNDAMAGED_SIGMA_255 = 4.0
+UNDAMAGED_SIGMA_255 = 2.5
 UNDAMAGED_SHARE = 0.002
 UNDAMAGED_GRAY = 0.5
 

@@ -49,8 +49,8 @@ def bundled_names() -> list[str]:
 def save(model: nn.Module, architecture: ModelConfig, card: dict[str, Any], folder: Path) -> None:
     """Write a model folder; `card` says what it was trained on, how, and with which result.
 
-    Kernels are kept in half precision, whose rounding costs less than 0.01 dB (DECISIONS.md) and saves half of what every
-    actor is sent; the few biases and statistics stay as they are.
+    Kernels are kept in half precision, whose rounding costs less than 0.01 dB (DECISIONS.md) and saves half of what
+    every actor is sent; the few biases and statistics stay as they are.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {

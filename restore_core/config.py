@@ -18,7 +18,7 @@ def require(condition: bool, option: str, value: object, advice: str) -> None:
         raise UsageError(f"--{option.replace('_', '-')} {value}: {advice}")
 
 
-MAX_SCALES, MAX_CHANNELS, MAX_BLOCKS = 10, 8192, 64
+MAX_SCALES, MAX_CHANNELS, MAX_BLOCKS = 10, 2**16, 64
 """Bounds of networks, so that a damaged config.json is refused before it fills the memory."""
 
 

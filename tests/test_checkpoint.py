@@ -216,7 +216,7 @@ def test_a_config_without_architecture(folder: Path, text: str) -> None:
 UNKNOWN = [
     ({"kind": "gan"}, "architecture kind 'gan': use one of autoencoder, residual_unet"),
     ({"depth": 3}, "architecture field 'depth' is not known to residual_unet; it has blocks, channels, gate, kind"),
-    ({"channels": [2**40, 1]}, "--model.channels (1099511627776, 1): use 1 to 8192 channels per scale"),
+    ({"channels": [2**40, 1]}, "--model.channels (1099511627776, 1): use 1 to 65536 channels per scale"),
     ({"blocks": [0, 1]}, "--model.blocks (0, 1): use 1 to 64 blocks per scale"),
 ]
 

@@ -139,10 +139,10 @@ def test_macs_and_parameters_of_a_residual_unet_by_hand() -> None:
 
 
 def test_counting_computes_nothing_and_leaves_the_random_numbers_alone() -> None:
-    """This network would need hundreds of terabytes for its weights and a year for its multiplications."""
-    config = AutoencoderConfig(depth=8, base_channels=2**14)
+    """This network would need hundreds of gigabytes for its weights and days for its multiplications."""
+    config = AutoencoderConfig(depth=8, base_channels=2**9)
     state = torch.get_rng_state()
-    assert count_macs(config, 2**15, 2**15) > 10**19
+    assert count_macs(config, 2**15, 2**15) > 10**16
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -22,7 +22,7 @@ TILE = 1024
 OVERLAP = 128
 """Pixels over which neighbouring tiles are blended."""
 BATCH_PIXELS = 2**20
-"""Pixels of equal-sized images that go through the network together. About 1 KB of memory each on the CPU."""
+"""Pixels of equal-sized images that go through the network together. About 500 bytes of memory each on the CPU."""
 
 # Below all of these a photograph counts as undamaged and stays as it is. Found on validation photographs: see
 # DECISIONS.md, "When is a photograph undamaged".

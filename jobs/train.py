@@ -14,7 +14,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs import command_line
-from restore_core.config import PRESETS, TrainConfig, parse_schedule, require
+from restore_core.config import PRESETS, Precision, TrainConfig, parse_schedule, require
 from restore_core.errors import DivergedError, UsageError
 
 LOSS_PLOT, SAMPLE_SHEET = "loss.png", "samples.png"
@@ -41,7 +41,7 @@ class Train:
     """Peak learning rate."""
     seed: int | None = None
     """Run seed."""
-    precision: Literal["auto", "float32", "bfloat16"] | None = None
+    precision: Precision | None = None
     """auto is bfloat16 where the device computes faster in it (GPUs, CPUs with AMX), else float32."""
     workers: str = "auto"
     """Training processes: a number, or auto for every GPU of the cluster, else every CPU but one."""

@@ -87,10 +87,11 @@ def load(folder: ModelFolder, device: torch.device | str = "cpu") -> nn.Module:
         tensors = safetensors.torch.load(folder.weights)
     except safetensors.SafetensorError as error:
         raise UsageError(f"--model {folder.name}: {WEIGHTS_FILE} is damaged ({error}); copy it again") from error
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
-        if name in wanted and tensor.is_floating_point() != model.state_dict()[name].is_floating_point():
+        if name in wanted and tensor.is_floating_point() != state[name].is_floating_point():
             raise UsageError(
                 f"--model {folder.name}: {WEIGHTS_FILE} does not fit {CONFIG_FILE}: "
                 f"tensor {name!r} is of {tensor.dtype}"

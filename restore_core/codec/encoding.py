@@ -35,18 +35,19 @@ def encode(pixels: Pixels, source: bytes, *, picture: Picture, software: str, st
         image.putalpha(Image.fromarray(picture.alpha))
     original = open_header(source)
     try:
+        if strip_metadata:
+            block = exif.stripped(picture.orientation)
+        else:
+            stored = _png_exif(original, source) if original.format == "PNG" else original.info.get("exif")
+            block = exif.annotated(exif.bare(stored), software)
         match original:
             case JpegImageFile():
-                return _encode_jpeg(
-                    image, original, _exif(original.info.get("exif"), picture, software, strip_metadata), strip_metadata
-                )
+                return _encode_jpeg(image, original, block, strip_metadata)
             case TiffImageFile():
                 return _encode_tiff(image, original, source, software, strip_metadata)
         if original.format == "PNG":
-            block = _exif(_png_exif(original, source), picture, software, strip_metadata)
             return _encode_png(image, source, block, strip_metadata)
         if original.format == "WEBP":
-            block = _exif(original.info.get("exif"), picture, software, strip_metadata)
             return _encode_webp(image, original, source, block, strip_metadata)
         return _saved(image, "BMP", dpi=original.info.get("dpi", (96, 96)))
     except (*BROKEN_FILE, MemoryError) as error:
@@ -116,10 +117,6 @@ def _saved(image: Image.Image, format: str, **options: object) -> bytes:
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
-
-
-def _exif(block: object, picture: Picture, software: str, strip: bool) -> bytes:
-    return exif.stripped(picture.orientation) if strip else exif.annotated(exif.bare(block), software)
 
 
 # --- Encoding, one function a format ---------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -245,15 +244,16 @@ def _progress(row: dict[str, float], config: TrainConfig, history: list[dict[str
 
 def _dataset(run: TrainRun) -> ray.data.Dataset:
     filesystem, root = run.data.filesystem()
-    files = [f"{root}/{key}" for key in sources.parquet_files(run.data, "--data")]
+    keys = sources.parquet_files(run.data, "--data")
+    files = [f"{root}/{key}" for key in keys]
     canvas = run.config.canvas
 
     def decode(table: pa.Table) -> pa.Table:
         return sources.decode_rows(table, sources.TRAIN, canvas)
 
     ray.data.DataContext.get_current().execution_options = _in_order()
-    with filesystem.open_input_file(files[0]) as handle:
-        columns = sources.dataset_columns(pa.parquet.read_schema(handle))
+    with sources.open_parquet(run.data, keys[0], "--data") as file:
+        columns = sources.dataset_columns(file.schema_arrow)
     dataset = ray.data.read_parquet(files, filesystem=filesystem).select_columns(columns)
     dataset = dataset.map_batches(decode, batch_format="pyarrow", batch_size=64)
     most_bytes = run.photographs * canvas * canvas * 3
@@ -278,11 +278,8 @@ def _finish(run: TrainRun, state: Path, cuda: bool) -> Trained:
     last = history[-1]
     card: dict[str, Any] = {
         "trained": {
-            "command": " ".join(["python", *sys.argv]),
-            "commit": provenance.commit(),
-            "date": provenance.today(),
+            **provenance.record(),
             "hardware": _hardware(cuda),
-            "versions": provenance.versions(),
             "workers": run.workers,
             "minutes": round(sum(row["seconds"] for row in history) / 60, 1),
             "photographs": run.photographs,

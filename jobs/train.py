@@ -14,7 +14,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs import command_line
-from restore_core.config import PRESETS, Precision, TrainConfig, parse_schedule, require
+from restore_core.config import PRESETS, Precision, ResidualUNetConfig, TrainConfig, parse_schedule, require
 from restore_core.errors import DivergedError, UsageError
 
 LOSS_PLOT, SAMPLE_SHEET = "loss.png", "samples.png"
@@ -32,9 +32,10 @@ class Train:
     """Network and training plan; see PRESETS in restore_core/config.py."""
     init: str | None = None
     """Start from this model's weights, to fine-tune it: a bundled name, or the path or URI of a model folder. Its
-    network is trained then, whatever the preset's is."""
+    network is trained then, whatever the preset's is, unless that is the same with more blocks."""
     schedule: str | None = None
-    """SIZE:EPOCHS,SIZE:EPOCHS,...: side of the training samples in pixels, and passes over the photographs."""
+    """SIZE:EPOCHS,SIZE+SIZE:EPOCHS,...: sides of the training samples in pixels (several: each step takes one of them),
+    and passes over the photographs."""
     batch_size: int | None = None
     """Samples per step, over all workers together."""
     learning_rate: float | None = None
@@ -80,7 +81,7 @@ def main(job: Train) -> int:
         raise UsageError(f"--storage {job.storage}: lies inside --data {data.uri}; choose another place")
     require_writable(storage, "--storage")
     initial = checkpoint.read(job.init, option="--init") if job.init is not None else None
-    if initial:
+    if initial and not (isinstance(config.model, ResidualUNetConfig) and config.model.extends(initial.architecture)):
         config = dataclasses.replace(config, model=initial.architecture)
     from restore_core import report
     from restore_core.pipelines import training

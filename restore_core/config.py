@@ -79,6 +79,14 @@ class ResidualUNetConfig:
             "model.blocks", self.blocks, f"use 1 to {MAX_BLOCKS} blocks per scale",
         )  # fmt: skip
 
+    def extends(self, other: object) -> bool:
+        """Whether this is the same network, or the same with more residual blocks."""
+        return (
+            isinstance(other, ResidualUNetConfig)
+            and (self.channels, self.gate) == (other.channels, other.gate)
+            and all(mine >= theirs for mine, theirs in zip(self.blocks, other.blocks, strict=True))
+        )
+
 
 ModelConfig = AutoencoderConfig | ResidualUNetConfig
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -88,7 +96,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 class DamageConfig:
     """How training damages are drawn: each of the four on its own, each with its own strength, in random order.
 
-    The share of undamaged samples follows: the product of (1 - share) over the four.
+    The share of undamaged samples follows: (1 - alone_share) times the product of (1 - share) over the four.
     """
 
     noise_share: float = 0.5
@@ -105,6 +113,9 @@ class DamageConfig:
     """Largest share of the area under patches, 0 to 1."""
     gray_share: float = 0.3
     """Share of samples whose colour is lost, 0 to 1."""
+    alone_share: float = 0.0
+    """Share of samples, 0 to 1, that get one of the four alone, in proportion to the shares above. Drawn each on its
+    own, single damages are rare, though most photographs suffer from one."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -141,24 +152,24 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """Some epochs of training at one size, and at the smaller ones before it so that they are not forgotten."""
+    """Some epochs of training at the same sizes."""
 
-    size: int
-    """Side of the square training samples, pixels."""
+    sizes: tuple[int, ...]
+    """Sides of the square training samples, pixels; each step takes one of them at random."""
     epochs: int
     """Passes over the training photographs."""
 
 
 def parse_schedule(text: str) -> tuple[Phase, ...]:
-    """`"48:40,96:10"` -> 40 epochs at 48 pixels, then 10 at 96. Raises UsageError."""
+    """`"48:40,48+96:10"` -> 40 epochs at 48 pixels, then 10 at 48 and 96 pixels in turns. Raises UsageError."""
     phases = []
     for part in text.split(","):
-        size, colon, epochs = part.partition(":")
-        valid = (
-            colon and size.strip().isdecimal() and epochs.strip().isdecimal() and int(size) >= 1 and int(epochs) >= 1
-        )
-        require(bool(valid), "schedule", text, "write SIZE:EPOCHS,SIZE:EPOCHS,..., such as 48:40,96:10")
-        phases.append(Phase(size=int(size), epochs=int(epochs)))
+        sides, colon, epochs = part.partition(":")
+        numbers = [number.strip() for number in (*sides.split("+"), epochs)]
+        valid = colon and all(number.isdecimal() and int(number) >= 1 for number in numbers)
+        require(bool(valid), "schedule", text, "write SIZE:EPOCHS,SIZE+SIZE:EPOCHS,..., such as 48:40,48+96:10")
+        *sizes, count = (int(number) for number in numbers)
+        phases.append(Phase(sizes=tuple(sizes), epochs=count))
     return tuple(phases)
 
 
@@ -169,15 +180,19 @@ class TrainConfig:
     model: ModelConfig = ResidualUNetConfig()
     damage: DamageConfig = DamageConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    phases: tuple[Phase, ...] = (Phase(size=48, epochs=20),)
+    phases: tuple[Phase, ...] = (Phase(sizes=(48,), epochs=20),)
     batch_size: int = 32
     """Samples per optimizer step, over all workers together."""
+    step_pixels: int = 2**19
+    """Where a step's samples would have more pixels than this together, it takes fewer of them: bounds the memory."""
     canvas: int = 256
     """Photographs are brought to at most this many pixels a side before random crops are taken from them."""
     crop_min: float = 0.45
-    """Smallest side of a random crop, as a share of the photograph's shorter side."""
+    """Smallest side of a random crop, as a share of the photograph's shorter side. No crop is enlarged to its size."""
     central_share: float = 0.75
-    """Share of the samples cut around the middle, where an aligned photograph has its face; the others anywhere."""
+    """Share of the samples cut around the middle, where an aligned photograph has its face."""
+    whole_share: float = 0.0
+    """Share of the samples that are the largest square of the photograph; those left over are cut anywhere."""
     val_size: int = 64
     """Side of the validation samples, pixels."""
     val_images: int = 64
@@ -189,20 +204,24 @@ class TrainConfig:
     """Run seed: with the same data and number of workers it gives the same weights."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "canvas", "val_size", "val_images"):
+        for name in ("batch_size", "step_pixels", "canvas", "val_size", "val_images"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
         require(0 < self.crop_min <= 1, "crop_min", self.crop_min, "use a share above 0, up to 1")
         require(0 <= self.central_share <= 1, "central_share", self.central_share, "use a share from 0 to 1")
+        require(
+            0 <= self.whole_share <= 1 - self.central_share,
+            "whole_share", self.whole_share, "use a share from 0 to 1 - central_share",
+        )  # fmt: skip
 
     @property
     def epochs(self) -> int:
         return sum(phase.epochs for phase in self.phases)
 
     def sizes(self, epoch: int) -> tuple[int, ...]:
-        """Sizes used in an epoch (counted from 0), the phase's own first, then the smaller ones of earlier phases."""
-        for index, phase in enumerate(self.phases):
+        """Sides of the samples in an epoch, counted from 0."""
+        for phase in self.phases:
             if epoch < phase.epochs:
-                return phase.size, *sorted({p.size for p in self.phases[:index] if p.size < phase.size})
+                return phase.sizes
             epoch -= phase.epochs
         raise IndexError(f"epoch is past the last of {self.epochs}")
 
@@ -246,14 +265,16 @@ PRESETS: dict[str, TrainConfig] = {
     ),
     # The project's origin: the strided autoencoder with skips at 48 pixels, 20 epochs.
     "origin": TrainConfig(model=AutoencoderConfig(), phases=parse_schedule("48:20")),
-    # The bundled model `faces`. With LFW about 75 minutes on 2 CPU cores with AMX; its card says what came of it.
+    # The bundled model `faces`; its card says how it was trained and what came of it.
     "faces": TrainConfig(
-        model=ResidualUNetConfig(channels=(32, 64, 128, 256, 256), blocks=(1, 1, 2, 2, 2)),
-        damage=DamageConfig(noise_share=0.45, flips_share=0.4, patches_share=0.45, gray_share=0.25),
-        # At a rate of 1e-3 the loss jumped in the second epoch.
-        optimizer=OptimizerConfig(learning_rate=7e-4, warmup_steps=300),
-        phases=parse_schedule("48:24,96:8,128:11"),
-        batch_size=16,
+        model=ResidualUNetConfig(channels=(32, 64, 128, 256, 256), blocks=(2, 4, 3, 2, 2)),
+        damage=DamageConfig(noise_share=0.45, flips_share=0.3, patches_share=0.45, gray_share=0.25, alone_share=0.5),
+        # At a rate of 1e-3 the loss jumped in the second epoch, at 7e-4 in the sixth.
+        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=300),
+        phases=parse_schedule("48:20,48+64+96:10,48+64+128+250:12"),
+        batch_size=32,
+        central_share=0.6,
+        whole_share=0.2,
     ),
 }
 """What `jobs/train.py --preset` takes; `--schedule`, `--batch-size`, `--learning-rate` and `--seed` change one part."""

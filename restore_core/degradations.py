@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from restore_core.config import DamageConfig
@@ -163,17 +164,30 @@ def fixed_damage(
 
 
 def draw_damage(config: DamageConfig, generator: Generator) -> Damage:
-    """Training damages: each kind drawn on its own with its own strength, in random order."""
-    strike = generator.uniform(4)
+    """Training damages: each kind drawn on its own (or one alone) with its own strength, in random order."""
+    device = generator.seeds.device
+    shares = torch.tensor(
+        [config.noise_share, config.flips_share, config.patches_share, config.gray_share], device=device
+    )
+    strike = generator.uniform(4) < shares  # [B, 4]
     strength = generator.uniform(3)
+    count = 1 + generator.integers(MAX_PATCHES, 1)[:, 0]
+    coloured = generator.uniform(1)[:, 0] < 0.5
+    order = generator.uniform(4).argsort(dim=1)
+    if config.alone_share and shares.any():
+        draw = generator.uniform(2)
+        limits = shares.cumsum(0) / shares.sum()
+        only = torch.bucketize(draw[:, 0].contiguous(), limits[:-1], right=True)  # [B]
+        alone = F.one_hot(only, 4).bool()
+        strike = torch.where(draw[:, 1:] < config.alone_share, alone, strike)
     return Damage(
-        sigma_255=config.noise_sigma_max * strength[:, 0] * (strike[:, 0] < config.noise_share),
-        flips=config.flips_max * strength[:, 1] * (strike[:, 1] < config.flips_share),
-        area=config.patches_area_max * strength[:, 2] * (strike[:, 2] < config.patches_share),
-        count=1 + generator.integers(MAX_PATCHES, 1)[:, 0],
-        coloured=generator.uniform(1)[:, 0] < 0.5,
-        gray=strike[:, 3] < config.gray_share,
-        order=generator.uniform(4).argsort(dim=1),
+        sigma_255=config.noise_sigma_max * strength[:, 0] * strike[:, NOISE],
+        flips=config.flips_max * strength[:, 1] * strike[:, FLIPS],
+        area=config.patches_area_max * strength[:, 2] * strike[:, PATCHES],
+        count=count,
+        coloured=coloured,
+        gray=strike[:, GRAY],
+        order=order,
     )
 
 

@@ -78,6 +78,7 @@ BAD = [
     (TrainConfig, "val_images", 0, "--val-images 0: use 1 or more"),
     (TrainConfig, "crop_min", 0, "--crop-min 0: use a share above 0, up to 1"),
     (TrainConfig, "crop_min", 1.01, "--crop-min 1.01: use a share above 0, up to 1"),
+    (TrainConfig, "whole_share", 0.3, "--whole-share 0.3: use a share from 0 to 1 - central_share"),
     (TrainConfig, "central_share", 1.01, "--central-share 1.01: use a share from 0 to 1"),
 ]
 
@@ -107,35 +108,49 @@ def test_configs_cannot_be_changed() -> None:
 
 
 def test_schedules_are_parsed() -> None:
-    assert parse_schedule("48:40,96:10") == (Phase(size=48, epochs=40), Phase(size=96, epochs=10))
-    assert parse_schedule(" 48 : 40 , 96 : 10 ") == parse_schedule("48:40,96:10")
-    assert parse_schedule("1:1") == (Phase(size=1, epochs=1),)
+    assert parse_schedule("48:40,96+48:10") == (Phase(sizes=(48,), epochs=40), Phase(sizes=(96, 48), epochs=10))
+    assert parse_schedule(" 48 : 40 , 96 + 48 : 10 ") == parse_schedule("48:40,96+48:10")
+    assert parse_schedule("1:1") == (Phase(sizes=(1,), epochs=1),)
 
 
 @settings(deadline=None, max_examples=50, derandomize=True)
-@given(st.lists(st.tuples(st.integers(1, 10**6), st.integers(1, 10**6)), min_size=1))
-def test_any_written_schedule_is_read_back(phases: list[tuple[int, int]]) -> None:
-    text = ",".join(f"{size}:{epochs}" for size, epochs in phases)
-    assert [(phase.size, phase.epochs) for phase in parse_schedule(text)] == phases
+@given(st.lists(st.tuples(st.lists(st.integers(1, 10**6), min_size=1), st.integers(1, 10**6)), min_size=1))
+def test_any_written_schedule_is_read_back(phases: list[tuple[list[int], int]]) -> None:
+    text = ",".join(f"{'+'.join(map(str, sizes))}:{epochs}" for sizes, epochs in phases)
+    assert [(list(phase.sizes), phase.epochs) for phase in parse_schedule(text)] == phases
 
 
 @pytest.mark.parametrize(
-    "text", ["", "48", "48:", ":5", "0:5", "48:0", "48:-1", "48:1.5", "48:5,", "a:b", "48:5;96:1", "1:2:3", "²:3"]
+    "text",
+    [
+        "",
+        "48",
+        "48:",
+        ":5",
+        "0:5",
+        "48:0",
+        "48:-1",
+        "48:1.5",
+        "48:5,",
+        "a:b",
+        "48:5;96:1",
+        "1:2:3",
+        "²:3",
+        "48+:3",
+        "+:1",
+    ],
 )
 def test_bad_schedules_say_how_to_write_one(text: str) -> None:
-    expected = f"--schedule {text}: write SIZE:EPOCHS,SIZE:EPOCHS,..., such as 48:40,96:10"
+    expected = f"--schedule {text}: write SIZE:EPOCHS,SIZE+SIZE:EPOCHS,..., such as 48:40,48+96:10"
     assert message_of(parse_schedule, text) == expected
 
 
 def test_sizes_of_each_epoch() -> None:
-    """The phase's own size first, then the smaller ones of earlier phases, so that they are not forgotten."""
-    config = TrainConfig(phases=parse_schedule("48:2,128:1,96:2,48:1,96:1"))
-    assert config.epochs == 7
-    assert [config.sizes(epoch) for epoch in range(7)] == [
-        (48,), (48,), (128, 48), (96, 48), (96, 48), (48,), (96, 48),
-    ]  # fmt: skip
-    with pytest.raises(IndexError, match="epoch is past the last of 7"):
-        config.sizes(7)
+    config = TrainConfig(phases=parse_schedule("48:2,48+128:1,96:1"))
+    assert config.epochs == 4
+    assert [config.sizes(epoch) for epoch in range(4)] == [(48,), (48,), (48, 128), (96,)]
+    with pytest.raises(IndexError, match="epoch is past the last of 4"):
+        config.sizes(4)
 
 
 # --- As JSON and back ------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -423,6 +423,22 @@ def test_undamaged_share_is_the_product_the_config_promises() -> None:
     undamaged = ~torch.stack(list(struck.values())).any(dim=0)
     share = 0.6 * 0.7 * 0.5 * 0.8
     assert abs(undamaged.float().mean().item() - share) < 4.5 * math.sqrt(share * (1 - share) / batch)
+
+
+def test_a_share_of_the_samples_gets_one_damage_alone() -> None:
+    config = DamageConfig(noise_share=0.4, flips_share=0.3, patches_share=0.1, gray_share=0.2, alone_share=1)
+    batch = 20_000
+    damage = draw_damage(config, Generator(seeds(batch)))
+    struck = torch.stack([damage.sigma_255 > 0, damage.flips > 0, damage.area > 0, damage.gray], dim=1)
+    assert torch.all(struck.sum(dim=1) == 1)
+    for share, hit in zip((0.4, 0.3, 0.1, 0.2), struck.float().mean(dim=0).tolist(), strict=True):
+        assert abs(hit - share) < 4.5 * math.sqrt(share * (1 - share) / batch)
+    half = draw_damage(replace(config, alone_share=0.5), Generator(seeds(batch)))
+    undamaged = (half.sigma_255 == 0) & (half.flips == 0) & (half.area == 0) & ~half.gray
+    share = 0.5 * 0.6 * 0.7 * 0.9 * 0.8
+    assert abs(undamaged.float().mean().item() - share) < 4.5 * math.sqrt(share * (1 - share) / batch)
+    nothing = draw_damage(replace(NOTHING, alone_share=1), Generator(seeds(10)))
+    assert nothing.sigma_255.sum() == nothing.flips.sum() == nothing.area.sum() == nothing.gray.sum() == 0
 
 
 def test_strengths_are_uniform_up_to_the_largest_and_orders_are_random() -> None:

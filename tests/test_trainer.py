@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = TrainConfig(
     model=ResidualUNetConfig(channels=(4, 6), blocks=(1, 1)),
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2, ema_decay=0.9),
-    phases=parse_schedule("16:2,24:2"),
+    phases=parse_schedule("16:2,16+24:2"),
     batch_size=4,
     canvas=48,
     val_size=16,
@@ -332,7 +332,7 @@ def test_weight_decay_is_decoupled() -> None:
 
 
 def test_sample_sizes_depend_on_seed_epoch_and_step_alone() -> None:
-    config = dataclasses.replace(TINY, phases=parse_schedule("16:1,24:1,32:2"))
+    config = dataclasses.replace(TINY, phases=parse_schedule("16:1,16+24:1,32+24+16:2"))
     one, other = Trainer(config, 3), Trainer(dataclasses.replace(config, model=AutoencoderConfig(depth=1)), 99)
     other.step(photographs(2), 16)  # neither data, network nor random state may matter: workers must agree
     drawn = []
@@ -343,7 +343,15 @@ def test_sample_sizes_depend_on_seed_epoch_and_step_alone() -> None:
     assert set(drawn[0]) == {16} and set(drawn[1]) == {16, 24} and set(drawn[2]) == {16, 24, 32}
     assert drawn[2] != drawn[3]
     shares = [drawn[2].count(size) / 600 for size in (32, 24, 16)]
-    assert shares == pytest.approx([0.5, 0.25, 0.25], abs=0.06)
+    assert shares == pytest.approx([1 / 3] * 3, abs=0.06)
+
+
+def test_large_samples_are_fewer_in_a_step() -> None:
+    trainer = Trainer(dataclasses.replace(TINY, step_pixels=4 * 16**2, phases=parse_schedule("16:1,32:1,64:1")), 2)
+    data = photographs(6)
+    sizes = [len(trainer.fitting(data, size)) for size in (8, 16, 17, 32, 64)]
+    assert sizes == [6, 4, 3, 1, 1]
+    assert [trainer.train_epoch(batches(data, 6))["samples"] for _ in range(3)] == [4, 1, 1]
 
 
 def test_an_epoch_reports_what_it_did() -> None:
@@ -354,7 +362,7 @@ def test_an_epoch_reports_what_it_did() -> None:
     losses = [twin.step(batch, 16).item() for batch in batches(data, 4)]
     assert figures(row) == {
         "epoch": 1, "size": 16, "steps": 3, "learning_rate": trainer.optimizer.param_groups[0]["lr"],
-        "train_loss": pytest.approx(np.mean(losses), abs=1e-6),
+        "samples": 10, "train_loss": pytest.approx(np.mean(losses), abs=1e-6),
     }  # fmt: skip
     assert row["samples_per_second"] > 0
     assert trainer.train_epoch(batches(data, 4))["size"] == 24
@@ -535,7 +543,7 @@ def test_random_crops_are_uniform_mirrored_half_of_the_time_and_stay_inside() ->
     count, height, width, crop_min = 400, 100, 140, 0.4
     data = ramps(count, height, width)
     generator = Generator([seed_of(0, key) for key in data.keys])
-    crops = torch.cat([random_crops(data, 25, crop_min, 0.0, generator)]).double()
+    crops = torch.cat([random_crops(data, 25, TrainConfig(crop_min=crop_min, central_share=0), generator)]).double()
     assert crops[:, 2].max() == 0
     # between the centres of two inner pixels 20 apart lie 20/25 of the side
     across = (crops[:, 0, 12, 22] - crops[:, 0, 12, 2]) * 25 / 20
@@ -555,7 +563,8 @@ def test_random_crops_are_uniform_mirrored_half_of_the_time_and_stay_inside() ->
 def test_central_training_crops_vary_around_the_middle() -> None:
     count, height, width = 400, 100, 140
     data = ramps(count, height, width)
-    crops = random_crops(data, 25, 0.4, 1.0, Generator([seed_of(0, key) for key in data.keys])).double()
+    config = TrainConfig(crop_min=0.4, central_share=1)
+    crops = random_crops(data, 25, config, Generator([seed_of(0, key) for key in data.keys])).double()
     assert crops[:, 2].max() == 0
     down = (crops[:, 1, 22, 12] - crops[:, 1, 2, 12]) * 25 / 20
     assert (down - 64).abs().max() < 6.4 + 2.6  # a tenth of the central 64 rows, and rounding
@@ -566,6 +575,18 @@ def test_central_training_crops_vary_around_the_middle() -> None:
         assert abs(centre.mean().item() - middle) < 1 and centre.std() > 2
 
 
+def test_a_share_of_the_samples_is_the_whole_photograph() -> None:
+    count, height, width = 1000, 100, 140
+    config = TrainConfig(crop_min=0.2, central_share=0.5, whole_share=0.3)
+    crops = random_crops(ramps(count, height, width), 25, config, Generator(list(range(count)))).double()
+    down = (crops[:, 1, 22, 12] - crops[:, 1, 2, 12]) * 25 / 20
+    whole = (down - height).abs() < 1.3
+    expected = 0.3 + 0.2 * 1.3 / 80  # and of those cut anywhere the few that are as large
+    assert abs(whole.double().mean().item() - expected) < 4.5 * math.sqrt(0.3 * 0.7 / count)
+    left = crops[whole, 0, 12, 12]
+    assert left.min() < 55 and left.max() > 85  # anywhere along the longer side
+
+
 @pytest.mark.parametrize("height_width", [(1, 1), (1, 7), (5, 2), (3, 3)], ids=str)
 def test_random_crops_of_tiny_photographs(height_width: tuple[int, int]) -> None:
     """However small the photograph: a plain one gives plain samples of its colour."""
@@ -573,7 +594,7 @@ def test_random_crops_of_tiny_photographs(height_width: tuple[int, int]) -> None
     count = 500
     colour = bytes([200, 100, 50]) * (height * width)
     data = Photographs.of([str(i) for i in range(count)], [colour] * count, [height] * count, [width] * count, 8)
-    crops = random_crops(data, 6, 0.45, 0.5, Generator(list(range(count))))
+    crops = random_crops(data, 6, TrainConfig(central_share=0.5, whole_share=0.2), Generator(list(range(count))))
     assert torch.equal(crops, torch.tensor([200, 100, 50], dtype=torch.uint8).reshape(1, 3, 1, 1).expand_as(crops))
 
 
@@ -587,6 +608,21 @@ def test_central_crops_are_the_central_share(height_width: tuple[int, int]) -> N
         image = Image.fromarray(photograph).crop((left, top, left + side, top + side))
         expected = np.asarray(image.resize((64, 64), Image.Resampling.LANCZOS)).astype(int)
         assert np.abs(crop.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
+
+
+def test_a_network_that_grows_begins_as_good_as_the_smaller_one() -> None:
+    small = dataclasses.replace(TINY, model=ResidualUNetConfig(channels=(8, 16), blocks=(1, 1)))
+    large = dataclasses.replace(TINY, model=ResidualUNetConfig(channels=(8, 16), blocks=(2, 3)))
+    finished = Trainer(small, 1)
+    grown = Trainer(dataclasses.replace(large, seed=5), 1)
+    grown.start_from(finished.average.state_dict())
+    data = photographs(4)
+    damaged, _ = finished.validation_damage("mixed", central_crops(data, 24), data.keys)
+    assert torch.equal(grown.restore(damaged), finished.restore(damaged))
+    before = grown.average.state_dict()["bottleneck.2.second.weight"].clone()
+    grown.step(data, 16)
+    after = grown.model.state_dict()["bottleneck.2.second.weight"]
+    assert before.abs().max() == 0 < after.abs().max()  # and what is new learns
 
 
 def test_training_damages_are_those_of_the_config() -> None:

@@ -25,7 +25,7 @@ from restore_core.errors import DivergedError, UsageError
 from restore_core.model import count_macs, count_parameters
 from restore_core.pipelines import cluster
 from restore_core.storage import Storage
-from restore_core.trainer import VALIDATION, Photographs, Trainer, central_crops
+from restore_core.trainer import CENTRAL_CROP, VALIDATION, Photographs, Trainer, central_crops
 
 OPTIONS_FILE = "options.json"
 METRICS_FILE = "metrics.csv"
@@ -283,7 +283,7 @@ def _finish(run: TrainRun, state: Path, cuda: bool) -> Trained:
             "workers": run.workers,
             "minutes": round(sum(row["seconds"] for row in history) / 60, 1),
             "photographs": run.photographs,
-            "samples": trainer.steps * config.batch_size,
+            "samples": int(sum(row["samples"] for row in history)),
             "precision": trainer.precision,
             "started_from": _identity(run.initial),
             "config": to_dict(config),
@@ -309,7 +309,8 @@ def _finish(run: TrainRun, state: Path, cuda: bool) -> Trained:
     held_out = _held_out(run)
     spread = slice(0, len(held_out), max(1, len(held_out) // SAMPLES))
     chosen = held_out[spread]
-    clean = central_crops(chosen, max(config.val_size, config.phases[-1].size))
+    largest = max(config.val_size, *config.phases[-1].sizes)
+    clean = central_crops(chosen, min(largest, round(CENTRAL_CROP * config.canvas)))  # no larger than they are
     columns = []
     for name in VALIDATION:
         damaged, _ = trainer.validation_damage(name, clean, chosen.keys)

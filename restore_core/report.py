@@ -26,7 +26,7 @@ def loss_plot(history: list[dict[str, float]]) -> bytes:
     epochs = [row["epoch"] for row in history]
     losses.plot(epochs, [row["train_loss"] for row in history], label="train")
     losses.plot(epochs, [row["val_loss"] for row in history], label="validation (averaged weights)")
-    losses.set(xlabel="epoch", ylabel="L1 + gate", title="Loss")
+    losses.set(xlabel="epoch", ylabel="RMSE + gate", title="Loss")
     for name in [name for name in history[0] if name.startswith("psnr_") and name != "psnr_clean"]:
         quality.plot(epochs, [row[name] for row in history], label=name.removeprefix("psnr_").replace("_", " "))
     quality.set(xlabel="epoch", ylabel="PSNR, dB", title="Restored validation samples")

@@ -445,17 +445,20 @@ def test_fixed_damages_are_what_their_names_say() -> None:
         assert np.array_equal(image[1].numpy(), np.asarray(luma))
 
 
-def test_loss_is_l1_plus_the_weighted_cross_entropy_of_the_gate() -> None:
+def test_loss_is_the_mean_root_of_squares_plus_the_weighted_cross_entropy_of_the_gate() -> None:
     trainer = Trainer(TINY, 1)
-    clean = torch.full((1, 3, 2, 2), 51, dtype=torch.uint8)
-    destroyed = torch.tensor([[[[True, False], [False, False]]]])
-    restored, survival = torch.full((1, 3, 2, 2), 0.5), torch.full((1, 1, 2, 2), 2.0)
+    clean = torch.full((2, 3, 2, 2), 51, dtype=torch.uint8)
+    restored = torch.full((2, 3, 2, 2), 0.5)
+    restored[1, :, 0, 0] = 0.2 + 0.8  # a quarter of the second image wrong by 0.8, the rest by 0.3
+    destroyed = torch.tensor([[[[True, False], [False, False]]]]).expand(2, 1, 2, 2)
+    survival = torch.full((2, 1, 2, 2), 2.0)
     survived = 1 / (1 + math.exp(-2.0))
     cross_entropy = -(3 * math.log(survived) + math.log(1 - survived)) / 4
-    prediction = trainer.model(torch.zeros(1, 3, 2, 2))._replace(image=restored, survival=survival)
-    assert trainer.loss(prediction, clean, destroyed).item() == pytest.approx(0.3 + 0.1 * cross_entropy, abs=1e-6)
+    roots = (0.3 + math.sqrt((0.8**2 + 3 * 0.3**2) / 4)) / 2
+    prediction = trainer.model(torch.zeros(2, 3, 2, 2))._replace(image=restored, survival=survival)
+    assert trainer.loss(prediction, clean, destroyed).item() == pytest.approx(roots + 0.1 * cross_entropy, abs=4e-4)
     ungated = prediction._replace(survival=None)
-    assert trainer.loss(ungated, clean, destroyed).item() == pytest.approx(0.3, abs=1e-6)
+    assert trainer.loss(ungated, clean, destroyed).item() == pytest.approx(roots, abs=4e-4)
 
 
 # --- Samples ---------------------------------------------------------------------------------------------------------

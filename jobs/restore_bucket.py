@@ -13,7 +13,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs import command_line
-from restore_core.config import require
+from restore_core.config import parse_repair, require
 from restore_core.errors import UsageError
 
 REPORT_FILE = "_restore/report.html"
@@ -37,6 +37,10 @@ class RestoreBucket:
     """Larger pictures are refused as too_large, before they are decoded. Megapixels."""
     strip_metadata: bool = False
     """Drop EXIF, XMP and texts (the ICC profile and the orientation stay)."""
+    repair: str = "noise,flips,patches,gray"
+    """Kinds of damage to repair; what the others did stays. Without gray, what lost its colour stays gray."""
+    self_ensemble: bool = False
+    """Restore each image and its mirror image and take the mean: a little better, twice the work."""
     retry_failed: str | None = None
     """Try failed objects again: all, or classes of the ledger's column `error`, such as read,denied."""
     max_failed_share: float = 0.5
@@ -46,6 +50,7 @@ class RestoreBucket:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
         require(0 < self.max_megapixels < 1e6, "max_megapixels", self.max_megapixels, "use a number from 0 to 1000000")
         require(0 <= self.max_failed_share <= 1, "max_failed_share", self.max_failed_share, "use a share from 0 to 1")
+        parse_repair(self.repair)
         command_line.worker_count(self.workers)
 
 
@@ -71,6 +76,8 @@ def main(job: RestoreBucket) -> int:
         batch_size=job.batch_size,
         max_pixels=int(job.max_megapixels * 1e6),
         strip_metadata=job.strip_metadata,
+        repair=parse_repair(job.repair),
+        self_ensemble=job.self_ensemble,
         retry=retry,
     )
     summary = restore(source, output, model, options, sys.argv)

@@ -6,8 +6,9 @@ Every choice is a keyword-only frozen dataclass; a bad value raises `UsageError`
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from restore_core.errors import UsageError
 
@@ -16,6 +17,19 @@ def require(condition: bool, option: str, value: object, advice: str) -> None:
     """Raise `UsageError` in the project's one form, `--option value: advice`, unless `condition` holds."""
     if not condition:
         raise UsageError(f"--{option.replace('_', '-')} {value}: {advice}")
+
+
+Kind = Literal["noise", "flips", "patches", "gray"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""The four kinds of damage."""
+
+
+def parse_repair(text: str) -> tuple[Kind, ...]:
+    """`"noise,gray"` -> the kinds of damage to repair. Raises UsageError."""
+    names = [part for part in re.split(r"[,\s]+", text) if part]
+    for name in names or ["''"]:
+        require(name in KINDS, "repair", name, f"no such kind of damage; name some of {','.join(KINDS)}")
+    return tuple(kind for kind in KINDS if kind in names)
 
 
 MAX_SCALES, MAX_CHANNELS, MAX_BLOCKS = 10, 2**16, 64

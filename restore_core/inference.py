@@ -1,7 +1,7 @@
 """A model folder as a function on photographs: uint8 of any sizes in, uint8 of the same sizes out, with a diagnosis."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from restore_core import checkpoint
 from restore_core.checkpoint import ModelFolder
+from restore_core.config import KINDS, Kind, ResidualUNetConfig, require
 from restore_core.degradations import to_gray
 from restore_core.metrics import to_uint8
 
@@ -19,8 +20,8 @@ Pixels = npt.NDArray[np.uint8]
 
 TILE = 1024
 """Side of the largest square that is restored at once, pixels; a multiple of every network's coarsest scale."""
-OVERLAP = 128
-"""Pixels over which neighbouring tiles are blended."""
+OVERLAP = 192
+"""Pixels that neighbouring tiles share; they are blended over its middle quarter. See DECISIONS.md."""
 BATCH_PIXELS = 2**20
 """Pixels of equal-sized images that go through the network together. About 500 bytes of memory each on the CPU."""
 
@@ -44,15 +45,18 @@ class Restored:
     gray: float
     """How much of the result's colour the input lacked, 0 (none) to 1 (all of it)."""
 
-    def undamaged(self, *, gray_file: bool = False) -> bool:
-        """Tell whether nothing worth changing was found. A file without colour channels has no colour to lose."""
-        return (
-            self.sigma < UNDAMAGED_SIGMA_255
-            and self.flips is not None
-            and self.flips < UNDAMAGED_SHARE
-            and self.patches is not None
-            and self.patches < UNDAMAGED_SHARE
-            and (gray_file or self.gray < UNDAMAGED_GRAY)
+    def undamaged(self, *, gray_file: bool = False, repair: Container[Kind] = KINDS) -> bool:
+        """Tell whether nothing worth changing was found, of the kinds of damage that are to be repaired.
+
+        A file without colour channels has no colour to lose. Without a survival gate nothing passes for undamaged.
+        """
+        if self.flips is None or self.patches is None:
+            return False
+        return not (
+            ("noise" in repair and self.sigma >= UNDAMAGED_SIGMA_255)
+            or ("flips" in repair and self.flips >= UNDAMAGED_SHARE)
+            or ("patches" in repair and self.patches >= UNDAMAGED_SHARE)
+            or ("gray" in repair and not gray_file and self.gray >= UNDAMAGED_GRAY)
         )
 
 
@@ -62,9 +66,23 @@ class Restorer:
     Args:
         folder: weights and architecture.
         device: on CUDA it computes in bfloat16 autocast, on the CPU in float32.
+        repair: the kinds of damage to repair; what the others did stays as it is.
+        self_ensemble: average over the image and its mirror image; twice the work.
+
+    Raises UsageError for a choice of `repair` that the network cannot keep apart.
     """
 
-    def __init__(self, folder: ModelFolder, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        folder: ModelFolder,
+        device: torch.device | str = "cpu",
+        *,
+        repair: Collection[Kind] = KINDS,
+        self_ensemble: bool = False,
+    ) -> None:
+        check_repair(folder, repair)
+        self.repair = repair
+        self.self_ensemble = self_ensemble
         self.device = torch.device(device)
         self.model = checkpoint.load(folder, self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -100,10 +118,23 @@ class Restorer:
             raise FloatingPointError("the network's output is not finite")
         output = to_uint8(image)
         diagnoses = diagnose(batch, output, survival)
+        if survival is not None and len(self.repair) < len(KINDS):
+            lost_colour = torch.tensor([gray >= UNDAMAGED_GRAY for gray in diagnoses[3]], device=self.device)
+            output = repair_only(self.repair, batch, output, survival, lost_colour)
         pixels = output.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         return (Restored(*values) for values in zip(pixels, *diagnoses, strict=True))
 
     def _predict(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
+        image, survival = self._forward(batch)
+        if not self.self_ensemble:
+            return image, survival
+        mirrored, mirrored_survival = self._forward(batch.flip(3))
+        image = (image + mirrored.flip(3)) / 2
+        if survival is not None and mirrored_survival is not None:
+            survival = (survival + mirrored_survival.flip(3)) / 2
+        return image, survival
+
+    def _forward(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
         x = (batch.float() / 255).contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             prediction = self.model(x)
@@ -131,6 +162,13 @@ class Restorer:
         return total[:, :3], total[:, 3:] if gated else None
 
 
+def check_repair(folder: ModelFolder, repair: Collection[Kind]) -> None:
+    """Raise UsageError for a choice of damages that the network cannot keep apart."""
+    gated = isinstance(folder.architecture, ResidualUNetConfig) and folder.architecture.gate
+    advice = f"model {folder.name} has no gate that tells damages apart; name all of {','.join(KINDS)}"
+    require(gated or len(repair) == len(KINDS), "repair", ",".join(repair), advice)
+
+
 def _starts(length: int) -> range:
     """First pixels of the tiles along one side, whole multiples of every network's coarsest scale."""
     return range(0, max(1, length - OVERLAP), TILE - OVERLAP)
@@ -139,8 +177,8 @@ def _starts(length: int) -> range:
 def _fade(length: int, before: bool, after: bool) -> Tensor:
     """Weights along one side of a tile: ramps over the overlap, at those ends where a neighbour is."""
     weight = torch.ones(length)
-    # The outermost quarter of the overlap sees too little around it to count at all.
-    ramp = ((torch.arange(OVERLAP) + 0.5) / OVERLAP * 2 - 0.5).clamp(0, 1)
+    # What lies near a tile's border sees too little around it to count at all.
+    ramp = ((torch.arange(OVERLAP) + 0.5) / OVERLAP * 4 - 1.5).clamp(0, 1)
     if before:
         weight[:OVERLAP] *= ramp[:length]
     if after:
@@ -158,15 +196,12 @@ def diagnose(
         survival: the gate's logits [B, 1, H, W], or None.
     """
     count = len(damaged)
-    destroyed = torch.zeros_like(damaged[:, :1], dtype=torch.bool) if survival is None else survival < 0
-    # A patch is where nearly all of a neighbourhood is destroyed; flipped pixels stand among survivors.
-    dense = F.avg_pool2d(destroyed.float(), 7, stride=1, padding=3, count_include_pad=False) > 0.8
-    patches = (F.max_pool2d(dense.float(), 7, stride=1, padding=3) > 0) & destroyed
-    patch_share = patches.float().mean(dim=(1, 2, 3))
-    flip_share = (destroyed & ~patches).float().sum(dim=(1, 2, 3)) / (~patches).sum(dim=(1, 2, 3)).clamp(min=1)
+    flipped, painted = destroyed_pixels(torch.ones_like(damaged[:, :1]).float() if survival is None else survival)
+    patch_share = painted.float().mean(dim=(1, 2, 3))
+    flip_share = flipped.float().sum(dim=(1, 2, 3)) / (~painted).sum(dim=(1, 2, 3)).clamp(min=1)
 
     before, after = to_gray(damaged).float(), to_gray(restored).float()  # lost colour is not noise
-    kept = ~destroyed
+    kept = ~(flipped | painted)
     removed = (before - after)[:, :1].square() * kept
     luma_sigma = (removed.sum(dim=(1, 2, 3)) / kept.sum(dim=(1, 2, 3)).clamp(min=1)).sqrt()
     sigma = luma_sigma / (0.299**2 + 0.587**2 + 0.114**2) ** 0.5  # independent channels average out in the luma
@@ -177,6 +212,45 @@ def diagnose(
         [None] * count if survival is None else list(share.tolist()) for share in (flip_share, patch_share)
     ]
     return sigma.tolist(), shares[0], shares[1], gray.tolist()
+
+
+def destroyed_pixels(survival: Tensor) -> tuple[Tensor, Tensor]:
+    """From the gate's logits [B, 1, H, W], two masks, bool [B, 1, H, W]: flipped pixels, pixels under patches."""
+    destroyed = survival < 0
+    # A patch is where nearly all of a neighbourhood is destroyed; flipped pixels stand among survivors.
+    dense = F.avg_pool2d(destroyed.float(), 7, stride=1, padding=3, count_include_pad=False) > 0.8
+    painted = (F.max_pool2d(dense.float(), 7, stride=1, padding=3) > 0) & destroyed
+    return destroyed & ~painted, painted
+
+
+def repair_only(
+    repair: Container[Kind], damaged: Tensor, restored: Tensor, survival: Tensor, lost_colour: Tensor
+) -> Tensor:
+    """Take from the restored images what repairs the chosen damages, and the rest from the damaged ones.
+
+    Args:
+        repair: kinds of damage to repair.
+        damaged, restored: uint8 [B, 3, H, W].
+        survival: the gate's logits [B, 1, H, W].
+        lost_colour: whether the image was diagnosed as gray, bool [B].
+
+    Returns uint8 [B, 3, H, W].
+    """
+    flipped, painted = destroyed_pixels(survival)
+    lost = lost_colour.reshape(-1, 1, 1, 1)
+    result, untouched = restored, damaged
+    if "gray" in repair:  # colour on a gray image, whose grain stays
+        colour = restored.int() - to_gray(restored).int()
+        untouched = torch.where(lost, (to_gray(damaged).int() + colour).clamp(0, 255).to(torch.uint8), damaged)
+    else:
+        result = torch.where(lost, to_gray(restored), restored)
+    if "noise" not in repair:
+        result = torch.where(flipped | painted, result, untouched)
+    if "flips" not in repair:
+        result = torch.where(flipped, damaged, result)
+    if "patches" not in repair:
+        result = torch.where(painted, damaged, result)
+    return result
 
 
 def _colourfulness(images: Tensor, kept: Tensor) -> Tensor:

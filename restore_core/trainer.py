@@ -198,7 +198,7 @@ class Trainer:
         (NAFNet, Chen 2022) hardest for images that are nearly right already. The numbers are in DECISIONS.md.
         """
         error = (prediction.image.float() - clean.float() / 255).square().mean(dim=(1, 2, 3))
-        loss = ((error + SMALLEST_ERROR).sqrt() - SMALLEST_ERROR**0.5).mean()
+        loss: Tensor = ((error + SMALLEST_ERROR).sqrt() - SMALLEST_ERROR**0.5).mean()
         if prediction.survival is not None:
             gate = F.binary_cross_entropy_with_logits(prediction.survival.float(), (~destroyed).float())
             loss = loss + self.config.optimizer.gate_weight * gate

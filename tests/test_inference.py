@@ -9,11 +9,12 @@ import skimage.data
 import torch
 from torch import Tensor
 
-from restore_core import checkpoint, inference
+from restore_core import checkpoint, degradations, inference
 from restore_core.checkpoint import ModelFolder
-from restore_core.config import AutoencoderConfig, ModelConfig, ResidualUNetConfig
+from restore_core.config import KINDS, AutoencoderConfig, Kind, ModelConfig, ResidualUNetConfig
 from restore_core.degradations import Generator, degrade, fixed_damage, seed_of
-from restore_core.inference import Pixels, Restorer, diagnose
+from restore_core.errors import UsageError
+from restore_core.inference import Pixels, Restorer, destroyed_pixels, diagnose, repair_only
 from restore_core.model import build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -197,3 +198,91 @@ def test_without_a_gate_noise_and_grey_are_still_told() -> None:
     sigma, flips, patches, gray = diagnose(clean, clean, None)
     assert (flips, patches) == ([None] * 3, [None] * 3)
     assert max(sigma) == 0 and max(gray) < 0.01
+
+
+# --- Only some damages ---------------------------------------------------------------------------------------------
+
+
+def perfectly_repaired(repair: tuple[Kind, ...], **damage: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Clean, damaged and repaired photographs, and the flipped and the painted pixels."""
+    clean = clean_photographs()
+    seeds = [seed_of(1, "repair", str(index)) for index in range(len(clean))]
+    damaged, destroyed = degrade(clean, fixed_damage(Generator(seeds), **damage), Generator(seeds))  # type: ignore[arg-type]
+    survival = torch.where(destroyed, -5.0, 5.0)
+    gray = torch.tensor(diagnose(damaged, clean, survival)[3]) > inference.UNDAMAGED_GRAY
+    repaired = repair_only(repair, damaged, clean, survival, gray)
+    return clean, damaged, repaired, *(mask.expand_as(clean) for mask in destroyed_pixels(survival))
+
+
+@pytest.mark.parametrize("repair", [("noise",), ("flips",), ("patches",), ("noise", "patches"), ("flips", "patches")])
+def test_what_is_not_to_be_repaired_stays_as_it_is(repair: tuple[Kind, ...]) -> None:
+    clean, damaged, repaired, flipped, painted = perfectly_repaired(repair, sigma_255=20, flips=0.1, area=0.15)
+    assert flipped.any() and painted.any()
+    for kind, place in (("noise", ~flipped & ~painted), ("flips", flipped), ("patches", painted)):
+        assert torch.equal(repaired[place], (clean if kind in repair else damaged)[place])
+
+
+def test_lost_colour_can_be_left_alone() -> None:
+    clean, damaged, repaired, _, _ = perfectly_repaired(("noise", "flips", "patches"), gray=True)
+    assert torch.equal(repaired, degradations.to_gray(clean)) and torch.equal(repaired, damaged)
+    clean, _, repaired, _, _ = perfectly_repaired(("noise", "flips", "patches"), sigma_255=20)
+    assert torch.equal(repaired, clean)  # nothing is made gray that was not
+
+
+def test_colour_comes_back_without_touching_the_grain() -> None:
+    clean, damaged, repaired, _, _ = perfectly_repaired(("gray",), sigma_255=15, gray=True)
+    luma, before = (degradations.to_gray(images)[:, 0].float() for images in (repaired, damaged))
+    inside = ((repaired > 0) & (repaired < 255)).all(dim=1)
+    assert inside.float().mean() > 0.8 and (luma - before)[inside].abs().max() <= 1.01
+    colour = (repaired - degradations.to_gray(repaired).float()).permute(0, 2, 3, 1)
+    truth = (clean - degradations.to_gray(clean).float()).permute(0, 2, 3, 1)
+    assert (colour - truth)[inside].abs().max() <= 2.01
+
+
+def test_a_choice_of_damages_decides_what_counts_as_undamaged() -> None:
+    image = np.zeros((2, 2, 3), np.uint8)
+    noisy = inference.Restored(image, sigma=20, flips=0.0, patches=0.0, gray=0.0)
+    gray = inference.Restored(image, sigma=0, flips=0.0, patches=0.0, gray=0.9)
+    assert not noisy.undamaged() and not gray.undamaged()
+    assert noisy.undamaged(repair=("flips", "patches", "gray")) and not noisy.undamaged(repair=("noise",))
+    assert gray.undamaged(repair=("noise", "flips", "patches")) and gray.undamaged(gray_file=True)
+
+
+def test_all_four_is_what_is_done_without_a_choice(tmp_path: Path) -> None:
+    folder, image = model_folder(tmp_path), photograph(30, 40)
+    (all_four,) = Restorer(folder, repair=KINDS)([image])
+    np.testing.assert_array_equal(all_four.pixels, Restorer(folder)([image])[0].pixels)
+
+
+def test_a_network_without_a_gate_cannot_choose(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path, AutoencoderConfig(depth=2, base_channels=4))
+    with pytest.raises(UsageError, match=r"--repair noise: model .* has no gate that tells damages apart; name all of"):
+        Restorer(folder, repair=("noise",))
+
+
+def test_an_ensemble_with_the_mirror_image_does_not_know_left_from_right(tmp_path: Path) -> None:
+    folder, image = model_folder(tmp_path), photograph(24, 32)  # sides that need no padding
+    mirrored = np.ascontiguousarray(image[:, ::-1])
+    ensemble, single = Restorer(folder, self_ensemble=True), Restorer(folder)
+    (one,), (other,) = ensemble([image]), ensemble([mirrored])
+    assert np.abs(one.pixels.astype(int) - other.pixels[:, ::-1]).max() <= 1
+    assert one.sigma == pytest.approx(other.sigma, rel=1e-3)
+    assert not np.array_equal(one.pixels, single([image])[0].pixels)
+    both = single([image])[0].pixels.astype(int) + single([mirrored])[0].pixels[:, ::-1]
+    assert np.abs(one.pixels - both / 2).max() <= 1
+
+
+# --- The bundled model ---------------------------------------------------------------------------------------------
+
+
+def test_the_bundled_model_in_tiles_equals_itself_untiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within 1 of 255, on a damaged photograph of 350 x 400 pixels in tiles of 288."""
+    restorer = Restorer(checkpoint.read("faces"))
+    clean = torch.from_numpy(np.ascontiguousarray(skimage.data.astronaut()[:350, 100:500])).permute(2, 0, 1)[None]
+    generator = Generator([3])
+    damaged, _ = degrade(clean, fixed_damage(generator, sigma_255=25, flips=0.1, area=0.05), generator)
+    image = damaged[0].permute(1, 2, 0).contiguous().numpy()
+    (whole,) = restorer([image])
+    monkeypatch.setattr(inference, "TILE", 288)
+    (tiled,) = restorer([image])
+    assert np.abs(tiled.pixels.astype(int) - whole.pixels).max() <= 1

@@ -331,6 +331,43 @@ def test_what_is_done_stays_done_and_what_has_changed_is_redone(
     assert changed_by(strip_metadata=True, model=small_model(2)) == (everything, {*everything, "5.jpg"})
 
 
+def test_only_chosen_damages_are_repaired(tmp_path: Path, run: Run) -> None:
+    """With the bundled model. What has only damages that are not to be repaired is copied."""
+    crop = Image.fromarray(skimage.data.astronaut()).crop((135, 5, 315, 185))
+    face = np.asarray(crop.resize((96, 96), Image.Resampling.LANCZOS))
+    gray = np.repeat(np.asarray(Image.fromarray(face).convert("L"))[:, :, None], 3, axis=2)
+    noise = np.random.default_rng(0).normal(0, 25, face.shape)
+    images = {"noisy": face + noise, "gray": gray, "gray_and_noisy": gray + noise, "good": face}
+    pictures = {name: Image.fromarray(image.round().clip(0, 255).astype(np.uint8)) for name, image in images.items()}
+    files = {f"{name}.png": encoded(picture, "PNG") for name, picture in pictures.items()}
+    source, output = write_tree(tmp_path / "in", files), tmp_path / "out"
+
+    def restored(**options: Any) -> dict[str, np.ndarray]:
+        assert run(source, output, "faces", **options) == 0
+        changed = {key for key, row in ledger_of(output).items() if row.status == "restored"}
+        return {key.removesuffix(".png"): codec.decode((output / key).read_bytes()).pixels for key in changed}
+
+    def error(image: np.ndarray) -> float:
+        return float(np.abs(image.astype(float) - face).mean())
+
+    def colour(image: np.ndarray) -> float:
+        return float((image.max(axis=2).astype(int) - image.min(axis=2)).mean())
+
+    everything = restored()
+    assert everything.keys() == {"noisy", "gray", "gray_and_noisy"}
+    assert error(everything["noisy"]) < error(images["noisy"]) / 3 and colour(everything["gray"]) > 10
+    noise_only = restored(repair="noise")
+    assert noise_only.keys() == {"noisy", "gray_and_noisy"}
+    assert colour(noise_only["gray_and_noisy"]) == 0
+    gray_only = restored(repair="gray, gray")
+    assert gray_only.keys() == {"gray", "gray_and_noisy"}
+    assert colour(gray_only["gray_and_noisy"]) > 10
+    with pytest.raises(
+        UsageError, match="--repair dust: no such kind of damage; name some of noise,flips,patches,gray"
+    ):
+        run(source, output, "faces", repair="noise,dust")
+
+
 def test_too_many_failures_are_exit_code_1(tree: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
     source, output = tree
     shutil.copytree(output, tmp_path / "out")

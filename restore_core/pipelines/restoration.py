@@ -23,8 +23,9 @@ import torch
 
 from restore_core import codec, manifest, provenance, sources
 from restore_core.checkpoint import ModelFolder
+from restore_core.config import KINDS, Kind
 from restore_core.errors import ItemError, UsageError
-from restore_core.inference import Restorer
+from restore_core.inference import check_repair
 from restore_core.manifest import Ledger, Retry, Row
 from restore_core.pipelines import cluster, stages
 from restore_core.pipelines.listing import (
@@ -51,7 +52,7 @@ SAMPLES, SAMPLE_PIXELS = 12, 2**24
 LOST_ROW = "working on it failed twice, the second time on this object alone: a crash, or an error in the log above"
 LOST_ROW_GROUP = "working on its row group failed twice: one of the images there crashes, or see the log above"
 NO_RETRY = Retry()
-RESULT_OPTIONS = ("strip_metadata",)
+RESULT_OPTIONS = ("strip_metadata", "repair", "self_ensemble")
 """Options that decide what a restored file looks like; with another value it is done again."""
 
 
@@ -63,6 +64,8 @@ class RestoreOptions:
     batch_size: int = 16
     max_pixels: int
     strip_metadata: bool = False
+    repair: tuple[Kind, ...] = KINDS
+    self_ensemble: bool = False
     retry: Retry = NO_RETRY
 
 
@@ -109,7 +112,7 @@ class RestoreUnit(Stage):
     def __init__(self, run: "list[ray.ObjectRef[RestoreRun]]", batch_size: int) -> None:
         super().__init__(run)
         self.batch_size = batch_size
-        self.restorer = Restorer(self.run.model, self.run.device)
+        self.restorer = self.run.restorer()
 
     def __call__(self, unit: pa.Table) -> pa.Table:
         rows = manifest.rows_of(unit.select(manifest.SCHEMA.names))
@@ -135,7 +138,7 @@ class RestoreItems(Stage):
 
     def __init__(self, run: "list[ray.ObjectRef[RestoreRun]]") -> None:
         super().__init__(run)
-        self.restorer = Restorer(self.run.model, self.run.device)
+        self.restorer = self.run.restorer()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         items = stages.items_of_table(table)
@@ -201,6 +204,7 @@ def restore(
 
     Raises UsageError before anything is written when input, output or cluster cannot work.
     """
+    check_repair(model, options.repair)
     objects = list_input(input)
     groups = list_row_groups(input, objects) if is_parquet(objects) else None
     if groups is not None:
@@ -286,6 +290,8 @@ def _run(
         threads=1 if device == "cuda" else max(1, cpus // actors),
         max_pixels=options.max_pixels,
         strip_metadata=options.strip_metadata,
+        repair=options.repair,
+        self_ensemble=options.self_ensemble,
     )
     account = _Account(ledger, total=len(work))
     context = ray.data.DataContext.get_current()

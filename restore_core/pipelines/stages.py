@@ -21,6 +21,7 @@ import torch
 
 from restore_core import codec, manifest, sinks, sources
 from restore_core.checkpoint import ModelFolder
+from restore_core.config import KINDS, Kind
 from restore_core.errors import ItemError
 from restore_core.inference import Restored, Restorer
 from restore_core.manifest import Row
@@ -43,6 +44,13 @@ class RestoreRun:
     max_pixels: int
     """Larger pictures are refused as `too_large`."""
     strip_metadata: bool
+    repair: tuple[Kind, ...] = KINDS
+    """Kinds of damage to repair."""
+    self_ensemble: bool = False
+    """Average over the image and its mirror image."""
+
+    def restorer(self) -> Restorer:
+        return Restorer(self.model, self.device, repair=self.repair, self_ensemble=self.self_ensemble)
 
 
 @dataclass
@@ -105,7 +113,7 @@ def restore(items: list[Item], restorer: Restorer) -> None:
         gray_file = item.picture.gray
         row.sigma, row.flips, row.patches = result.sigma, result.flips, result.patches
         row.gray = None if gray_file else result.gray
-        item.restored = None if result.undamaged(gray_file=gray_file) else result.pixels
+        item.restored = None if result.undamaged(gray_file=gray_file, repair=restorer.repair) else result.pixels
 
 
 def _restore_one(item: Item, restorer: Restorer) -> Restored | ItemError:

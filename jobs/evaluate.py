@@ -1,87 +1,111 @@
 #!/usr/bin/env python
-"""Measure a model on held-out photographs: PSNR and SSIM per damage and size, beside the damaged input itself.
+"""Measure models on held-out photographs: PSNR and SSIM per damage and size, beside the damaged input and baselines.
 
-Writes OUTPUT/quality.json (with command, commit, versions, hardware, date) and OUTPUT/quality.md, the same as a table.
+Writes into OUTPUT: quality.md (tables), quality.json (with command, commit, versions, hardware, date), quality.csv (a
+row for each photograph, damage, size and method), quality.png (PSNR over sizes), worst.png (what went worst: look).
 """
 
+import csv
+import io
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs import command_line
 from restore_core.config import require
 
+Baseline = Literal["median", "nlm", "tv", "telea", "navier_stokes"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
     data: str
-    """Dataset Parquet from jobs/pack_dataset.py: a local folder or s3://bucket/prefix."""
+    """Dataset Parquet from jobs/pack_dataset.py, or photographs: a local folder or s3://bucket/prefix."""
     output: str
-    """Where quality.json and quality.md go: a local folder or s3://bucket/prefix."""
-    model: str = "faces"
-    """A bundled model's name, or the path or URI of a model folder."""
+    """Where the results go: a local folder or s3://bucket/prefix."""
+    model: tuple[str, ...] = ("faces",)
+    """Bundled models' names, or paths or URIs of model folders; the first is the one that is looked at closely."""
+    baselines: tuple[Baseline, ...] = ()
+    """Methods without training to compare with: 3x3 median, non-local means, total variation; Telea's and the
+    Navier-Stokes inpainting, which are told the exact mask, need OpenCV (pip install 'restore_core[peers]')."""
     split: Literal["val", "test"] = "val"
-    """Which people: those of val or of test."""
+    """Which people of a dataset: those of val or of test."""
+    damages: tuple[str, ...] = ()
+    """Some of the standard damages, such as noise_25 or gray; all of them if none is named."""
     sizes: tuple[int, ...] = (48, 64, 128)
     """Sides of the face crops, pixels; 0 is the whole photograph."""
     images: int = 200
-    """Photographs, at most the whole split."""
+    """Photographs, at most all of them."""
+    workers: str = "auto"
+    """Processes: a number, or auto for every GPU of the cluster, else every CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes GPUs where the cluster has some."""
 
     def __post_init__(self) -> None:
         require(self.images >= 1, "images", self.images, "use 1 or more")
         require(bool(self.sizes), "sizes", "", "name at least one")
         for size in self.sizes:
             require(size == 0 or size >= 16, "sizes", size, "use 16 or more (SSIM needs a window), or 0")
+        require(bool(self.model), "model", "", "name at least one")
+        require(len(set(self.model)) == len(self.model), "model", " ".join(self.model), "name each once")
+        command_line.worker_count(self.workers)
 
 
 def main(job: Evaluate) -> int:
-    from restore_core import checkpoint, provenance, sources
+    from restore_core import baselines, checkpoint, provenance
+    from restore_core.degradations import STANDARD
     from restore_core.errors import UsageError
     from restore_core.storage import open_storage, overlaps, require_readable, require_writable
 
+    for damage in job.damages:
+        require(damage in STANDARD, "damages", damage, f"no standard damage; use some of {', '.join(STANDARD)}")
+    for name in job.baselines:
+        baselines.named(name)
     data = open_storage(job.data, option="--data")
     require_readable(data, "--data")
     output = open_storage(job.output, option="--output")
     if overlaps(data, output):
         raise UsageError(f"--output {job.output}: lies inside --data {data.uri}; choose another place")
     require_writable(output, "--output")
-    model = checkpoint.read(job.model)
-    if not sources.count_split(data, "--data", job.split):
-        raise UsageError(f"--split {job.split}: no photographs of it in --data {data.uri}; pack with a share for it")
-    from restore_core.pipelines.evaluation import evaluate
+    models = tuple(checkpoint.read(name) for name in job.model)
+    from restore_core import report
+    from restore_core.pipelines import cluster, evaluation
 
-    rows = evaluate(model, data, split=job.split, sizes=job.sizes, images=job.images)
+    evaluation.require_photographs(data, job.split)
+    cluster.connect()
+    plan = evaluation.Plan(
+        models=models,
+        baselines=job.baselines,
+        damages=job.damages or tuple(STANDARD),
+        sizes=job.sizes,
+        device=cluster.pick_device(job.device),
+    )
+    rows, worst = evaluation.evaluate(
+        plan, data, split=job.split, images=job.images, workers=command_line.worker_count(job.workers)
+    )
+    means = evaluation.means(rows)
     result = {
         **provenance.record(),
-        "model": {"name": job.model, "sha256": model.sha256},
-        "rows": rows,
+        "models": [{"name": model.name, "sha256": model.sha256} for model in models],
+        "rows": means,
+        "diagnosis": evaluation.diagnosis(rows, models[0].name),
     }
-    table = as_markdown(result)
+    tables = report.quality_tables(result)
     output.write("quality.json", json.dumps(result, indent=2).encode())
-    output.write("quality.md", table.encode())
-    print(table)
+    output.write("quality.md", tables.encode())
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    output.write("quality.csv", text.getvalue().encode("utf-8", "backslashreplace"))
+    output.write("quality.png", report.quality_curves(means))
+    output.write("worst.png", report.triptychs([(case.caption, case.pictures) for case in worst]))
+    print(tables)
     return command_line.DONE
-
-
-def as_markdown(result: dict[str, Any]) -> str:
-    """PSNR in dB, and SSIM in brackets: the damaged input -> restored."""
-    rows = result["rows"]
-    sizes = list(dict.fromkeys(row["size"] for row in rows))
-    names = ["whole photograph" if size == 0 else f"{size} px" for size in sizes]
-    lines = ["| damage | " + " | ".join(names) + " |", "|---" * (len(sizes) + 1) + "|"]
-    for damage in dict.fromkeys(row["damage"] for row in rows):
-        cells = [
-            f"{row['psnr_identity']:.1f} → **{row['psnr']:.1f}** ({row['ssim_identity']:.2f} → {row['ssim']:.2f})"
-            for row in rows
-            if row["damage"] == damage
-        ]
-        lines.append(f"| {damage.replace('_', ' ')} | " + " | ".join(cells) + " |")
-    about = f"{rows[0]['images']} photographs; commit {result['commit'][:12]}, {result['date']}, {result['hardware']}."
-    return "\n".join([*lines, "", about, "", f"    {result['command']}", ""])
 
 
 if __name__ == "__main__":

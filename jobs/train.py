@@ -28,7 +28,7 @@ class Train:
     """Where runs are kept: a local folder or s3://bucket/prefix."""
     name: str = "restorer"
     """Name of the run, a folder in --storage."""
-    preset: Literal["faces", "origin", "smoke"] = "faces"
+    preset: Literal["faces", "faces-fast", "origin", "smoke"] = "faces"
     """Network and training plan; see PRESETS in restore_core/config.py."""
     init: str | None = None
     """Start from this model's weights, to fine-tune it: a bundled name, or the path or URI of a model folder. Its

@@ -21,6 +21,18 @@ from restore_core.config import DamageConfig
 NOISE, FLIPS, PATCHES, GRAY = range(4)
 MAX_PATCHES = 5
 
+STANDARD: dict[str, dict[str, float]] = {
+    "clean": {},
+    **{f"noise_{sigma}": {"sigma_255": sigma} for sigma in (15, 25, 50, 75)},
+    **{f"flips_{percent}": {"flips": percent / 100} for percent in (5, 10, 30, 50)},
+    **{f"patches_{percent}": {"area": percent / 100} for percent in (5, 15, 25)},
+    "coloured_patches_15": {"area": 0.15, "coloured": True},
+    "gray": {"gray": True},
+    "mixed": {"sigma_255": 25, "flips": 0.1, "area": 0.1},
+    "all": {"sigma_255": 25, "flips": 0.1, "area": 0.1, "gray": True},
+}
+"""The fixed damages that quality is measured with, as arguments of `fixed_damage`."""
+
 # splitmix64 (Steele 2014, "Fast splittable pseudorandom number generators"), as two's-complement int64.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIX1 = 0xBF58476D1CE4E5B9 - 2**64

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 from restore_core.config import TrainConfig
-from restore_core.degradations import Damage, Generator, degrade, draw_damage, fixed_damage, seed_of
+from restore_core.degradations import STANDARD, Damage, Generator, degrade, draw_damage, fixed_damage, seed_of
 from restore_core.errors import DivergedError
 from restore_core.metrics import batch_psnr, to_uint8
 from restore_core.model import Prediction, build
@@ -31,19 +31,14 @@ LOSS_CHECK_STEPS = 20  # reading the loss waits for the device, so not at every 
 SMALLEST_ERROR = 1e-7  # 0.08 of 255, squared: keeps the root's slope finite where an image is perfect
 CENTRAL_CROP = 0.64  # share of the shorter side: the central 160 of LFW's 250 pixels, which the face fills
 CENTRAL_JITTER = 0.1  # of that side: how far size and place of the central training crops vary
-VALIDATION: dict[str, dict[str, float]] = {
-    "clean": {},
-    "noise_25": {"sigma_255": 25},
-    "noise_50": {"sigma_255": 50},
-    "flips_10": {"flips": 0.1},
-    "flips_30": {"flips": 0.3},
-    "patches_15": {"area": 0.15},
-    "coloured_patches_15": {"area": 0.15, "coloured": True},
-    "gray": {"gray": True},
-    "mixed": {"sigma_255": 25, "flips": 0.1, "area": 0.1},
-    "all": {"sigma_255": 25, "flips": 0.1, "area": 0.1, "gray": True},
-}
-"""The fixed damages that validation reports, as arguments of `fixed_damage`."""
+VALIDATION = {
+    name: STANDARD[name]
+    for name in (
+        "clean", "noise_25", "noise_50", "flips_10", "flips_30", "patches_15", "coloured_patches_15", "gray", "mixed",
+        "all",
+    )
+}  # fmt: skip
+"""The fixed damages that validation reports after every epoch, as arguments of `fixed_damage`."""
 
 
 @dataclass(frozen=True)
@@ -340,9 +335,13 @@ def random_crops(batch: Photographs, size: int, config: TrainConfig, generator: 
 
 
 def central_crops(batch: Photographs, size: int, share: float = CENTRAL_CROP) -> Tensor:
-    """The central square, `share` of the shorter side wide, as uint8 [B, 3, size, size] on the CPU."""
+    """The central square, `share` of the shorter side wide, as uint8 [B, 3, size, size] on the CPU.
+
+    Where that has fewer than `size` pixels a side the square is larger, as far as the photograph goes.
+    """
     height, width = _sides(batch, torch.device("cpu"))
-    side = (torch.minimum(height, width) * share).round().clamp(min=1)
+    shorter = torch.minimum(height, width)
+    side = (shorter * share).round().clamp(min=size).minimum(shorter)
     top, left = ((height - side) / 2).floor(), ((width - side) / 2).floor()
     return resize_crops(batch, size, top, left, side, mirrored=torch.zeros(len(batch), dtype=torch.bool))
 

@@ -1,22 +1,27 @@
 """The evaluation against scikit-image, and what it refuses."""
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from jobs import command_line, evaluate, pack_dataset
 from jobs.evaluate import Evaluate
-from restore_core import checkpoint
+from restore_core import baselines, checkpoint, sources
+from restore_core.errors import UsageError
 from restore_core.inference import Restorer
+from restore_core.metrics import psnr
 from restore_core.pipelines import evaluation
-from restore_core.trainer import VALIDATION
-from tests.photos import encoded, write_tree
+from restore_core.storage import open_storage
+from tests.photos import encoded, pixels, write_tree
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Models = Callable[[int], Path]
@@ -34,41 +39,131 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_numbers_are_scikit_images(
-    data: Path, tmp_path: Path, small_model: Models, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-
-    def watched(self: Restorer, images: list[np.ndarray]) -> object:
-        results = restore(self, images)
-        seen.append((images, [image if r.undamaged() else r.pixels for image, r in zip(images, results, strict=True)]))
-        return results
-
-    restore = Restorer.__call__
-    monkeypatch.setattr(Restorer, "__call__", watched)
-    job = Evaluate(data=str(data), output=str(tmp_path / "out"), model=str(small_model(1)), sizes=(24, 0), images=4)
+@pytest.mark.ray
+def test_numbers_are_scikit_images(local_ray: None, data: Path, tmp_path: Path, small_model: Models) -> None:
+    models = (str(small_model(1)), str(small_model(2)))
+    job = Evaluate(
+        data=str(data), output=str(tmp_path / "out"), model=models, baselines=("median",), sizes=(24, 0), images=4,
+        damages=("clean", "noise_25", "patches_15", "gray"), workers="1",
+    )  # fmt: skip
     assert evaluate.main(job) == 0
     result = json.loads((tmp_path / "out/quality.json").read_text())
-    assert result["model"]["sha256"] == checkpoint.read(str(small_model(1))).sha256
-    rows = result["rows"]
-    assert [(row["size"], row["damage"]) for row in rows] == [(size, name) for size in (24, 0) for name in VALIDATION]
-    assert {image.shape for images, _ in seen[: len(VALIDATION)] for image in images} == {(24, 24, 3)}
-    assert {image.shape for images, _ in seen[len(VALIDATION) :] for image in images} == {(40, 50, 3)}
-    clean = seen[0][0]  # the first damage is none
-    for row, (damaged, restored) in zip(rows[: len(VALIDATION)], seen, strict=False):
+    assert result["models"] == [{"name": name, "sha256": checkpoint.read(name).sha256} for name in models]
+    with (tmp_path / "out/quality.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    methods = ["identity", "median", *models]
+    assert len(rows) == 4 * 2 * 4 * len(methods)
+
+    table = sources.read_split(open_storage(data), "--data", "val", 10**6, 4)
+    folders = [checkpoint.read(name) for name in models]
+    plan = evaluation.Plan(models=(), baselines=(), damages=job.damages, sizes=job.sizes)
+    restorers = {folder.name: Restorer(folder) for folder in folders}
+    found = {(row["key"], row["size"], row["damage"], row["method"]): row for row in rows}
+    assert len(found) == len(rows)
+    cells: dict[tuple[int, str, str], list[float]] = {}
+    for sample in [sample for batch in evaluation.samples(table, plan) for sample in batch]:
+        assert sample.clean.shape == ((24, 24, 3) if sample.size else (40, 50, 3))
+        images = {"identity": sample.damaged, "median": baselines.median(sample.damaged, sample.destroyed)}
+        for name, restorer in restorers.items():
+            (restored,) = restorer([sample.damaged])
+            images[name] = sample.damaged if restored.undamaged() else restored.pixels
+        for method, image in images.items():
+            row = found[sample.key, str(sample.size), sample.damage, method]
+            same = np.array_equal(image, sample.clean)
+            psnr = 100.0 if same else peak_signal_noise_ratio(sample.clean, image)
+            ssim = structural_similarity(
+                image, sample.clean, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+            )
+            assert float(row["psnr"]) == pytest.approx(psnr, abs=0.2)  # another batch size: other roundings
+            assert float(row["ssim"]) == pytest.approx(ssim, abs=0.01)
+            cells.setdefault((sample.size, sample.damage, method), []).append(float(row["psnr"]))
+    assert {(row["size"], row["damage"], row["method"]) for row in result["rows"]} == cells.keys()
+    for row in result["rows"]:
         assert row["images"] == 4
-        for column, images in (("_identity", damaged), ("", restored)):
-            pairs = list(zip(images, clean, strict=True))
-            psnr = [100.0 if np.array_equal(a, b) else peak_signal_noise_ratio(b, a) for a, b in pairs]
-            ssim = [
-                structural_similarity(
-                    a, b, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-                )
-                for a, b in pairs
-            ]
-            assert row[f"psnr{column}"] == pytest.approx(np.mean(psnr))
-            assert row[f"ssim{column}"] == pytest.approx(np.mean(ssim))
-    assert "| noise 25 |" in (tmp_path / "out/quality.md").read_text()
+        assert row["psnr"] == pytest.approx(np.mean(cells[row["size"], row["damage"], row["method"]]))
+
+    tables = (tmp_path / "out/quality.md").read_text()
+    assert "| noise 25 |" in tables and "## Beside other methods" in tables
+    assert "What the model says was wrong" in tables
+    for name, smallest in (("quality.png", (600, 200)), ("worst.png", (1500, 1300))):
+        image = Image.open(tmp_path / "out" / name)
+        assert image.size >= smallest, (name, image.size)
+
+
+@pytest.mark.ray
+def test_a_folder_of_photographs_can_be_measured(local_ray: None, tmp_path: Path, small_model: Models) -> None:
+    """Whole, larger than training's canvas; what is no photograph is left out."""
+    photos = write_tree(tmp_path / "photos", {"a/x.png": encoded(1, 300, 280, "PNG"), "b.txt": b"no photograph"})
+    job = Evaluate(
+        data=str(photos), output=str(tmp_path / "out"), model=(str(small_model(1)),), sizes=(0,),
+        damages=("noise_50",), workers="1",
+    )  # fmt: skip
+    assert evaluate.main(job) == 0
+    rows = json.loads((tmp_path / "out/quality.json").read_text())["rows"]
+    assert [(row["method"], row["images"]) for row in rows] == [("identity", 1), (str(small_model(1)), 1)]
+    assert rows[0]["psnr"] < 20
+
+
+def test_median_is_scikit_images() -> None:
+    from skimage.filters import median
+
+    image = pixels(3, 20, 30)
+    expected = np.stack([median(image[..., c], np.ones((3, 3)), mode="nearest") for c in range(3)], axis=-1)
+    np.testing.assert_array_equal(baselines.median(image, np.zeros((20, 30), bool)), expected)
+
+
+@pytest.mark.parametrize("name", ["nlm", "tv"])
+def test_baselines_remove_noise_and_leave_what_is_clean(name: baselines.Name) -> None:
+    clean = pixels(3, 64, 64)
+    nothing = np.zeros((64, 64), bool)
+    noise = np.random.default_rng(0).normal(0, 25, clean.shape)
+    noisy = (clean + noise).round().clip(0, 255).astype(np.uint8)
+    method = baselines.named(name)
+    assert psnr(method(noisy, nothing), clean) > psnr(noisy, clean) + 6
+    assert psnr(method(clean, nothing), clean) > 40
+
+
+@pytest.mark.parametrize("name", ["telea", "navier_stokes"])
+def test_inpainters_fill_exactly_what_is_destroyed(name: baselines.Name) -> None:
+    pytest.importorskip("cv2")
+    clean = pixels(4, 40, 40)
+    destroyed = np.zeros((40, 40), bool)
+    destroyed[10:18, 12:20] = True
+    damaged = np.where(destroyed[:, :, None], 0, clean).astype(np.uint8)
+    filled = baselines.named(name)(damaged, destroyed)
+    np.testing.assert_array_equal(filled[~destroyed], clean[~destroyed])
+    assert psnr(filled, clean) > psnr(damaged, clean) + 10
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"--baselines telea: needs OpenCV; install it with pip install 'restore_core"):
+        baselines.named("telea")
+
+
+@pytest.mark.parametrize("sigma_255", [0, 10, 40])
+def test_noise_is_estimated(sigma_255: float) -> None:
+    noisy = 128 + np.random.default_rng(1).normal(0, sigma_255, (100, 101, 3))
+    estimate = baselines._estimated_sigma(noisy.round().clip(0, 255).astype(np.uint8)) * 255
+    assert estimate == pytest.approx(sigma_255, rel=0.06)
+    assert baselines._estimated_sigma(np.zeros((1, 1, 3), np.uint8)) == 0
+
+
+def test_diagnoses_are_scored() -> None:
+    """Against every pair of photographs, one with the damage and one without."""
+    said = {"clean": [0.0, 0.2, 0.1], "noise_25": [20.0, 0.1, 26.0], "gray": [0.3, 0.0, 0.0]}
+    rows: list[dict[str, Any]] = [
+        {"size": 48, "damage": damage, "method": "m", "destroyed": 0.0, "sigma": sigma, "flips": 0.0, "patches": 0.0,
+         "gray": 0.9 if damage == "gray" else 0.1}
+        for damage, values in said.items() for sigma in values
+    ]  # fmt: skip
+    found = {row["kind"]: row for row in evaluation.diagnosis(rows, "m")}
+    assert found.keys() == {"sigma", "gray"}  # of the others nothing was done, so nothing can be told apart
+    with_noise, without = said["noise_25"], said["clean"] + said["gray"]
+    pairs = [1.0 if a > b else 0.5 if a == b else 0.0 for a in with_noise for b in without]
+    assert found["sigma"]["auc"] == pytest.approx(np.mean(pairs))
+    assert found["sigma"]["mean_error"] == pytest.approx(np.mean([5, 24.9, 1, 0, 0.2, 0.1, 0.3, 0, 0]))
+    assert (found["gray"]["auc"], found["gray"]["mean_error"]) == (1.0, None)
 
 
 def test_what_cannot_be_evaluated_is_refused(
@@ -92,6 +187,8 @@ def test_what_cannot_be_evaluated_is_refused(
     assert "--images 0: use 1 or more" in call(images=0)
     assert "--sizes 3: use 16 or more" in call(sizes="48 3")
     assert "--model nothing: no bundled model" in call(model="nothing")
+    assert "--model faces faces: name each once" in call(model="faces faces")
+    assert "--damages scratches: no standard damage; use some of clean, noise_15" in call(damages="gray scratches")
     assert "no such file or folder" in call(data=tmp_path / "nowhere")
     broken = write_tree(tmp_path / "broken", {"a.parquet": b"PAR1 or not"})
     assert f"--data {broken}/a.parquet: not a readable Parquet file" in call(data=broken)

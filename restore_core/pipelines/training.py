@@ -25,11 +25,11 @@ from restore_core.errors import DivergedError, UsageError
 from restore_core.model import count_macs, count_parameters
 from restore_core.pipelines import cluster
 from restore_core.storage import Storage
-from restore_core.trainer import CENTRAL_CROP, VALIDATION, Photographs, Trainer, central_crops
+from restore_core.trainer import VALIDATION, Photographs, Trainer, central_crops
 
 OPTIONS_FILE = "options.json"
 METRICS_FILE = "metrics.csv"
-SAMPLES = 6
+SAMPLES, SAMPLE_SIDE = 6, 128
 SHUFFLE_BATCHES = 8
 DECODED_SHARE = 0.3
 """Decoded training photographs stay in memory if they take less than this share of Ray's object store."""
@@ -309,8 +309,7 @@ def _finish(run: TrainRun, state: Path, cuda: bool) -> Trained:
     held_out = _held_out(run)
     spread = slice(0, len(held_out), max(1, len(held_out) // SAMPLES))
     chosen = held_out[spread]
-    largest = max(config.val_size, *config.phases[-1].sizes)
-    clean = central_crops(chosen, min(largest, round(CENTRAL_CROP * config.canvas)))  # no larger than they are
+    clean = central_crops(chosen, min(SAMPLE_SIDE, max(config.val_size, *config.phases[-1].sizes)))
     columns = []
     for name in VALIDATION:
         damaged, _ = trainer.validation_damage(name, clean, chosen.keys)

@@ -302,3 +302,17 @@ PRESETS: dict[str, TrainConfig] = {
     ),
 }
 """What `jobs/train.py --preset` takes; `--schedule`, `--batch-size`, `--learning-rate` and `--seed` change one part."""
+
+VARIANTS: dict[str, ModelConfig] = {
+    "base": AutoencoderConfig(),
+    "kernel-5": AutoencoderConfig(kernel_size=5),
+    "depth-3": AutoencoderConfig(depth=3),
+    "depth-5": AutoencoderConfig(depth=5),
+    "more-kernels": AutoencoderConfig(base_channels=64),
+    "no-skips": AutoencoderConfig(skips=False),
+    "pool": AutoencoderConfig(resample="pool"),
+    "no-dropout": AutoencoderConfig(dropout=0.0),
+    # The successor, as small as `base`: 2.27 million parameters to its 2.17, 156 million multiply-adds at 48 px to 163.
+    "residual": ResidualUNetConfig(channels=(20, 40, 80, 160, 192), blocks=(1, 1, 1, 1, 1)),
+}
+"""What `jobs/search.py --variants` compares: the origin's autoencoder, each time with one thing changed."""

@@ -194,7 +194,7 @@ def count_macs(config: ModelConfig, height: int, width: int) -> int:
         total += positions.shape[-2] * positions.shape[-1] * module.weight.numel()
 
     with torch.device("meta"):
-        model = build(config)
+        model = build(config).eval()  # batch norm would refuse a training batch of one value a channel
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 module.register_forward_hook(add)

@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import ray
@@ -32,17 +34,19 @@ def quiet_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def connect(*, dashboard: bool = False) -> None:
-    """Join the cluster that the job was submitted to or that RAY_ADDRESS names, else start a private Ray here."""
+def connect(*, dashboard: bool = False, env_vars: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Join the cluster that the job was submitted to or that RAY_ADDRESS names, else start a private Ray here.
+
+    `env_vars` are set in every worker process of this job.
+    """
     quiet_data()
     if ray.is_initialized():
         return
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     if job or os.environ.get("RAY_ADDRESS"):
         carried = (job.get("runtime_env") or {}).get("working_dir")  # set twice, Ray refuses
-        ray.init(
-            runtime_env=None if carried else {"working_dir": str(ROOT), "excludes": [".venv", ".git", "runs", "data"]}
-        )
+        settings = {} if carried else {"working_dir": str(ROOT), "excludes": [".venv", ".git", "runs", "data"]}
+        ray.init(runtime_env=(settings | ({"env_vars": dict(env_vars)} if env_vars else {})) or None)
         return
     # Unlike a bare ray.init(), never join some other program's Ray on this machine: it would take ours down with it.
     # Ray 2.60 turns token authentication on by itself for a cluster started here (not so with `ray start`).
@@ -51,7 +55,7 @@ def connect(*, dashboard: bool = False) -> None:
         num_cpus=max(2, len(os.sched_getaffinity(0))),  # with one CPU, a training worker would starve Ray Data
         include_dashboard=dashboard,  # on loopback
         log_to_driver=True,
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), *_python_path()])}},
+        runtime_env={"env_vars": {**env_vars, "PYTHONPATH": os.pathsep.join([str(ROOT), *_python_path()])}},
     )
 
 

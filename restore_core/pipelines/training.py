@@ -82,7 +82,7 @@ def prepare(config: TrainConfig, data: Storage, folder: Storage, initial: checkp
             if older.get(name) != value:
                 raise UsageError(
                     f"--name {folder.uri.rsplit('/', 1)[-1]}: a run of that name exists with other options "
-                    f"({_first_difference(older.get(name), value, name)}); choose another --name"
+                    f"({first_difference(older.get(name), value, name)}); choose another --name"
                 )
     return photographs
 
@@ -216,10 +216,11 @@ def _batches(shard: Any, size: int, seed: int, canvas: int) -> Iterator[Photogra
         local_shuffle_buffer_size=SHUFFLE_BATCHES * size,
         local_shuffle_seed=seed & 2**31 - 1,
     ):
-        yield _photographs(batch, canvas)
+        yield to_photographs(batch, canvas)
 
 
-def _photographs(table: pa.Table, canvas: int) -> Photographs:
+def to_photographs(table: pa.Table, canvas: int) -> Photographs:
+    """From a table of `sources.DECODED_SCHEMA`."""
     keys, pixels, heights, widths = (table[name].to_pylist() for name in sources.DECODED_SCHEMA.names)
     return Photographs.of(keys, pixels, heights, widths, canvas)
 
@@ -227,7 +228,7 @@ def _photographs(table: pa.Table, canvas: int) -> Photographs:
 def _held_out(run: TrainRun) -> Photographs:
     config = run.config
     table = sources.read_split(run.data, "--data", sources.VALIDATION, config.canvas, config.val_images)
-    return _photographs(table, config.canvas)
+    return to_photographs(table, config.canvas)
 
 
 def _progress(row: dict[str, float], config: TrainConfig, history: list[dict[str, float]]) -> str:
@@ -279,7 +280,7 @@ def _finish(run: TrainRun, state: Path, cuda: bool) -> Trained:
     card: dict[str, Any] = {
         "trained": {
             **provenance.record(),
-            "hardware": _hardware(cuda),
+            "hardware": hardware(cuda),
             "workers": run.workers,
             "minutes": round(sum(row["seconds"] for row in history) / 60, 1),
             "photographs": run.photographs,
@@ -325,7 +326,8 @@ def _metrics_csv(history: list[dict[str, float]]) -> bytes:
     return text.getvalue().encode()
 
 
-def _hardware(cuda: bool) -> str:
+def hardware(cuda: bool) -> str:
+    """What the cluster trains on, in words."""
     prefix = "accelerator_type:"
     cards = [name.removeprefix(prefix) for name in ray.cluster_resources() if name.startswith(prefix)]
     cpus, gpus = cluster.resources()
@@ -340,9 +342,10 @@ def _identity(model: checkpoint.ModelFolder | None) -> dict[str, str] | None:
     return {"name": model.name, "sha256": model.sha256} if model else None
 
 
-def _first_difference(older: object, newer: object, name: str) -> str:
+def first_difference(older: object, newer: object, name: str) -> str:
+    """The innermost option in which two sets of options differ, in words."""
     if isinstance(older, dict) and isinstance(newer, dict):
         for key in older.keys() | newer.keys():
             if older.get(key) != newer.get(key):
-                return _first_difference(older.get(key), newer.get(key), key)
+                return first_difference(older.get(key), newer.get(key), key)
     return f"{name} was {older}, is now {newer}"

@@ -56,10 +56,10 @@ def _in_one_line(box: str) -> str:
     return " ".join(words) + "; see --help"
 
 
-def worker_count(text: str) -> int | None:
-    """The option --workers: None for auto. Raises UsageError."""
+def worker_count(text: str, option: str = "--workers") -> int | None:
+    """An option that is auto, which gives None, or a number from 1. Raises UsageError."""
     if text == "auto":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"--workers {text}: use auto or a number from 1")
+        raise UsageError(f"{option} {text}: use auto or a number from 1")
     return int(text)

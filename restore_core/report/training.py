@@ -1,0 +1,65 @@
+"""What a training leaves to look at: the loss plot and the sample sheet."""
+
+import io
+from itertools import pairwise
+from typing import Any
+
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+
+def loss_plot(history: list[dict[str, float]]) -> bytes:
+    """Training and validation loss, and validation PSNR per damage, over epochs. Returns a PNG."""
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    losses, quality = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    losses.plot(epochs, [row["train_loss"] for row in history], label="train")
+    losses.plot(epochs, [row["val_loss"] for row in history], label="validation (averaged weights)")
+    losses.set(xlabel="epoch", ylabel="RMSE + gate", title="Loss")
+    for name in [name for name in history[0] if name.startswith("psnr_") and name != "psnr_clean"]:
+        quality.plot(epochs, [row[name] for row in history], label=name.removeprefix("psnr_").replace("_", " "))
+    quality.set(xlabel="epoch", ylabel="PSNR, dB", title="Restored validation samples")
+    for axes in (losses, quality):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    for before, after in pairwise(history):
+        if before["size"] != after["size"]:
+            losses.axvline(after["epoch"] - 0.5, color="gray", linestyle=":")
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png", dpi=100)
+    return sink.getvalue()
+
+
+def sample_sheet(clean: Tensor, columns: list[tuple[str, Tensor, Tensor]]) -> bytes:
+    """A picture a row; for each damage its input and what was restored; the truth at the end. Returns a PNG.
+
+    Args:
+        clean: uint8 [B, 3, S, S].
+        columns: name, damaged and restored, each uint8 [B, 3, S, S].
+    """
+    count, _, side, _ = clean.shape
+    gap, header = 4, 28
+    width = sum(2 * side + 3 * gap for _ in columns) + side + gap
+    sheet = Image.new("RGB", (width, header + count * (side + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    left = gap
+    for name, damaged, restored in columns:
+        draw.text((left, 2), name.replace("_", " "), fill="black")
+        draw.text((left, 14), "input | restored", fill="gray")
+        for index, images in enumerate((damaged, restored)):
+            paste(sheet, images, left + index * (side + gap), header, gap)
+        left += 2 * side + 3 * gap
+    draw.text((left, 2), "truth", fill="black")
+    paste(sheet, clean, left, header, gap)
+    sink = io.BytesIO()
+    sheet.save(sink, format="PNG")
+    return sink.getvalue()
+
+
+def paste(sheet: Any, images: Tensor, left: int, top: int, gap: int) -> None:
+    """Paste uint8 images [B, 3, H, W] into a column of a Pillow image, `gap` pixels apart."""
+    for row, image in enumerate(images):
+        pixels = image.permute(1, 2, 0).contiguous().numpy()
+        sheet.paste(Image.fromarray(pixels), (left, top + row * (pixels.shape[0] + gap)))

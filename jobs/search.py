@@ -42,7 +42,7 @@ class Search:
     """Of first weights, order, crops and damages."""
     parallel: str = "auto"
     """Variants trained at the same time: a number, or auto for one a GPU of the cluster, else one for every two CPUs.
-    The CPUs are dealt out evenly."""
+    Each gets an equal share of the CPUs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes GPUs where the cluster has some."""
 

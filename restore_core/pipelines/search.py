@@ -92,7 +92,7 @@ def run(study: Study, *, parallel: int | None, device: cluster.Device) -> tuple[
 
 
 def trials_at_once(wanted: int | None, trials: int, *, cpus: int, gpus: int | None) -> int:
-    """How many trials run side by side: as wanted, else one a GPU, or one for every two CPUs.
+    """How many of the trials run side by side: as wanted, else one a GPU, or one for every two CPUs.
 
     `gpus` is None for training on CPUs. Raises UsageError when there is not a processor for each.
     """
@@ -100,7 +100,7 @@ def trials_at_once(wanted: int | None, trials: int, *, cpus: int, gpus: int | No
     if wanted is not None and wanted > most:
         have = f"{cpus} CPUs" if gpus is None else f"{gpus} GPUs"
         raise UsageError(f"--parallel {wanted}: the cluster has {have}; use --parallel {most} or add nodes")
-    return min(trials, wanted or (max(1, cpus // 2) if gpus is None else gpus))
+    return wanted or min(trials, max(1, cpus // 2) if gpus is None else gpus)
 
 
 def _fit(study: Study, names: list[str], count: int, threads: int, cuda: bool) -> dict[str, str]:
@@ -145,7 +145,7 @@ def _reason(error: Exception) -> str:
     """What went wrong in a trial, in one line."""
     if isinstance(error, ray.exceptions.RayTaskError):
         return f"{type(error.cause).__name__}: {' '.join(str(error.cause).split())}"
-    return " ".join(str(error).split())
+    return " ".join(str(error).split())[:300]
 
 
 # --- In a trial ----------------------------------------------------------------------------------------------------

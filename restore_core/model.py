@@ -3,6 +3,7 @@
 Shapes: B batch, C channels, H height, W width. Images are float RGB in 0..1 (the output may leave the range slightly).
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -113,15 +114,23 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(channels, channels, 3, padding=1)
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        # Without normalisation the residual branches must start small, or the sum grows with depth (Fixup, Zhang 2019).
+        with torch.no_grad():
+            self.second.weight.mul_(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(F.relu(self.first(x)))  # type: ignore[no-any-return]
 
 
 class ResidualUNet(nn.Module):
-    """DRUNet's shape: residual blocks at each scale, 2x2 strided (transposed) convolutions between, additive skips."""
+    """DRUNet's shape: residual blocks at each scale, 2x2 strided (transposed) convolutions between, additive skips.
 
-    def __init__(self, config: ResidualUNetConfig) -> None:
+    Args:
+        config: its sizes.
+        block: makes a block for a number of channels; others than ours are compared in benchmarks/blocks.py.
+    """
+
+    def __init__(self, config: ResidualUNetConfig, block: Callable[[int], nn.Module] = ResidualBlock) -> None:
         super().__init__()
         channels = config.channels
         pairs = list(pairwise(channels))
@@ -129,16 +138,11 @@ class ResidualUNet(nn.Module):
         self.multiple = 2 ** (len(channels) - 1)
         self.gate = config.gate
         self.head = nn.Conv2d(3, channels[0], 3, padding=1)
-        self.encoder = nn.ModuleList(_blocks(c, count) for c, count in stages[:-1])
+        self.encoder = nn.ModuleList(_repeat(block, c, count) for c, count in stages[:-1])
         self.down = nn.ModuleList(nn.Conv2d(fine, coarse, 2, stride=2) for fine, coarse in pairs)
-        self.bottleneck = _blocks(*stages[-1])
+        self.bottleneck = _repeat(block, *stages[-1])
         self.up = nn.ModuleList(nn.ConvTranspose2d(coarse, fine, 2, stride=2) for fine, coarse in pairs[::-1])
-        self.decoder = nn.ModuleList(_blocks(c, count) for c, count in stages[-2::-1])
-        # Without normalisation the residual branches must start small, or the sum grows with depth (Fixup, Zhang 2019).
-        for module in self.modules():
-            if isinstance(module, ResidualBlock):
-                with torch.no_grad():
-                    module.second.weight.mul_(0.1)
+        self.decoder = nn.ModuleList(_repeat(block, c, count) for c, count in stages[-2::-1])
         self.tail = nn.Conv2d(channels[0], 7 if config.gate else 3, 3, padding=1)
 
     def forward(self, image: Tensor) -> Prediction:
@@ -160,8 +164,8 @@ class ResidualUNet(nn.Module):
         return Prediction(g * (image + residual) + (1 - g) * (content + 0.5), survival)
 
 
-def _blocks(channels: int, count: int) -> nn.Sequential:
-    return nn.Sequential(*(ResidualBlock(channels) for _ in range(count)))
+def _repeat(block: Callable[[int], nn.Module], channels: int, count: int) -> nn.Sequential:
+    return nn.Sequential(*(block(channels) for _ in range(count)))
 
 
 # --- For every network ---------------------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ def _fit(study: Study, names: list[str], count: int, threads: int, cuda: bool) -
             name=TUNE_FOLDER,
             storage_path=root,
             storage_filesystem=filesystem,
-            failure_config=tune.FailureConfig(max_failures=2),
+            failure_config=tune.FailureConfig(max_failures=1),
             verbose=0,
         ),
     )

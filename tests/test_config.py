@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from restore_core.config import (
+    KINDS,
     PRESETS,
     AutoencoderConfig,
     DamageConfig,
@@ -20,6 +21,7 @@ from restore_core.config import (
     ResidualUNetConfig,
     TrainConfig,
     model_config,
+    parse_repair,
     parse_schedule,
     require,
     to_dict,
@@ -102,6 +104,32 @@ def test_configs_cannot_be_changed() -> None:
     for config in (TrainConfig(), DamageConfig(), OptimizerConfig(), AutoencoderConfig(), ResidualUNetConfig()):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(config, dataclasses.fields(config)[0].name, 1)
+
+
+# --- Networks --------------------------------------------------------------------------------------------------------
+
+
+def test_a_network_extends_one_with_fewer_blocks_and_nothing_else() -> None:
+    small = ResidualUNetConfig(channels=(8, 16), blocks=(1, 2))
+    assert small.extends(small) and ResidualUNetConfig(channels=(8, 16), blocks=(3, 2)).extends(small)
+    for other in (
+        ResidualUNetConfig(channels=(8, 16), blocks=(3, 1)),
+        ResidualUNetConfig(channels=(8, 24), blocks=(3, 3)),
+        ResidualUNetConfig(channels=(8, 16, 32), blocks=(1, 2, 1)),
+        ResidualUNetConfig(channels=(8, 16), blocks=(3, 3), gate=False),
+    ):
+        assert not other.extends(small)
+    assert not small.extends(AutoencoderConfig())
+    assert isinstance(PRESETS["faces"].model, ResidualUNetConfig)
+
+
+def test_kinds_of_damage_are_read_in_any_order() -> None:
+    assert parse_repair("gray, noise noise") == ("noise", "gray")
+    assert parse_repair(",".join(KINDS)) == KINDS
+    assert message_of(parse_repair, "dust") == (
+        "--repair dust: no such kind of damage; name some of noise,flips,patches,gray"
+    )
+    assert "--repair ''" in message_of(parse_repair, " ")
 
 
 # --- Schedules -------------------------------------------------------------------------------------------------------

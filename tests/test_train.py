@@ -104,7 +104,7 @@ def test_a_run_leaves_everything_behind(finished: Path) -> None:
     assert files >= RUN_FILES
     assert epochs_of(finished) == [1, 2, 3, 4, 5, 6]
     options = json.loads((finished / "options.json").read_text())
-    assert options["config"]["phases"] == [{"size": 32, "epochs": 6}]
+    assert options["config"]["phases"] == [{"sizes": [32], "epochs": 6}]
     for name in ("loss.png", "samples.png"):
         with Image.open(finished / name) as image:
             image.load()

@@ -16,9 +16,8 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs import command_line
+from restore_core.baselines import Name, named
 from restore_core.config import require
-
-Baseline = Literal["median", "nlm", "tv", "telea", "navier_stokes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,7 @@ class Evaluate:
     """Where the results go: a local folder or s3://bucket/prefix."""
     model: tuple[str, ...] = ("faces",)
     """Bundled models' names, or paths or URIs of model folders; the first is the one that is looked at closely."""
-    baselines: tuple[Baseline, ...] = ()
+    baselines: tuple[Name, ...] = ()
     """Methods without training to compare with: 3x3 median, non-local means, total variation; Telea's and the
     Navier-Stokes inpainting, which are told the exact mask, need OpenCV (pip install 'restore_core[peers]')."""
     split: Literal["val", "test"] = "val"
@@ -56,7 +55,7 @@ class Evaluate:
 
 
 def main(job: Evaluate) -> int:
-    from restore_core import baselines, checkpoint, provenance
+    from restore_core import checkpoint, provenance
     from restore_core.degradations import STANDARD
     from restore_core.errors import UsageError
     from restore_core.storage import open_storage, overlaps, require_readable, require_writable
@@ -64,7 +63,7 @@ def main(job: Evaluate) -> int:
     for damage in job.damages:
         require(damage in STANDARD, "damages", damage, f"no standard damage; use some of {', '.join(STANDARD)}")
     for name in job.baselines:
-        baselines.named(name)
+        named(name)
     data = open_storage(job.data, option="--data")
     require_readable(data, "--data")
     output = open_storage(job.output, option="--output")

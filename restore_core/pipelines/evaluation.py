@@ -7,7 +7,7 @@ method.
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -260,7 +260,7 @@ def _worst(plan: Plan, data: Storage, split: str, images: int, rows: list[Row]) 
         batch_format="pyarrow",
     )
     tables = {row["key"]: pa.Table.from_pylist([row], schema=sources.DECODED_SCHEMA) for row in kept.take_all()}
-    evaluator = Evaluator(plan)
+    evaluator = Evaluator(replace(plan, models=plan.models[:1], baselines=(), device="cpu"))  # the driver has no GPU
     results = []
     for row in chosen:
         clean = _at_size(_single(tables[row["key"]]), row["size"])

@@ -601,11 +601,11 @@ def test_random_crops_of_tiny_photographs(height_width: tuple[int, int]) -> None
     assert torch.equal(crops, torch.tensor([200, 100, 50], dtype=torch.uint8).reshape(1, 3, 1, 1).expand_as(crops))
 
 
-@pytest.mark.parametrize("height_width", [(250, 250), (250, 187), (90, 250)], ids=str)
+@pytest.mark.parametrize("height_width", [(250, 250), (250, 187), (90, 250), (64, 100)], ids=str)
 def test_central_crops_are_the_central_share(height_width: tuple[int, int]) -> None:
     height, width = height_width
     data = photographs(2, height, width, 250)
-    side = round(0.64 * min(height, width))  # 160 of LFW's 250 pixels
+    side = max(round(0.64 * min(height, width)), 64)  # 160 of LFW's 250 pixels; never enlarged
     top, left = (height - side) // 2, (width - side) // 2
     for crop, photograph in zip(central_crops(data, 64), data.pixels, strict=True):
         image = Image.fromarray(photograph).crop((left, top, left + side, top + side))

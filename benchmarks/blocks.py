@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from jobs import command_line
 from restore_core import provenance, sources, trainer
 from restore_core.config import PRESETS, Phase, ResidualUNetConfig
-from restore_core.model import ResidualBlock, ResidualUNet, count_parameters
+from restore_core.model import ResidualBlock, ResidualUNet, count_parameters, macs_of
+from restore_core.pipelines.training import to_photographs
 from restore_core.storage import open_storage
 from restore_core.trainer import VALIDATION, Photographs, Trainer
 
@@ -136,10 +137,12 @@ def measure(name: str, train: Photographs, held_out: Photographs, seconds: int) 
     learner.train_epoch(itertools.islice(_batches(train), steps))
     spent = time.perf_counter() - started
     quality = learner.evaluate(held_out)
+    with torch.device("meta"):
+        on_meta = ResidualUNet(network, block)
     return {
         "block": name,
         "parameters": count_parameters(learner.model),
-        "macs": _macs(learner.model),
+        "macs": macs_of(on_meta, SIZE, SIZE),
         "steps": steps,
         "seconds": round(spent, 1),
         "milliseconds_per_photograph": round(_forward_ms(learner.average), 3),
@@ -167,30 +170,11 @@ def _forward_ms(model: nn.Module) -> float:
     return float(np.median(times)) / BATCH * 1000
 
 
-@torch.no_grad()
-def _macs(model: nn.Module) -> int:
-    total = 0
-
-    def add(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        nonlocal total
-        assert isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
-        positions = output if isinstance(module, nn.Conv2d) else inputs[0]
-        total += positions.shape[-2] * positions.shape[-1] * module.weight.numel()
-
-    hooks = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
-    model(torch.zeros(1, 3, SIZE, SIZE))
-    for hook in hooks:
-        hook.remove()
-    return total
-
-
 def main(job: Blocks) -> int:
     storage = open_storage(job.data, option="--data")
 
     def photographs(split: str, count: int) -> Photographs:
-        table = sources.read_split(storage, "--data", split, 256, count)
-        keys, pixels, heights, widths = (table[name].to_pylist() for name in sources.DECODED_SCHEMA.names)
-        return Photographs.of(keys, pixels, heights, widths, 256)
+        return to_photographs(sources.read_split(storage, "--data", split, 256, count), 256)
 
     train, held_out = photographs(sources.TRAIN, job.images), photographs(sources.VALIDATION, VALIDATED)
     rows = []

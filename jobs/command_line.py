@@ -5,11 +5,14 @@ import io
 import logging
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import tyro
 
 from restore_core.errors import ItemError, StorageError, UsageError
+
+if TYPE_CHECKING:
+    from restore_core.storage import Storage
 
 Options = TypeVar("Options")
 
@@ -54,6 +57,22 @@ def _in_one_line(box: str) -> str:
             break
         words += text.split()
     return " ".join(words) + "; see --help"
+
+
+def data_and_output(data: str, output: str, option: str) -> "tuple[Storage, Storage]":
+    """The place of --data, which can be read, and outside of it that of the results, which can be written.
+
+    Raises UsageError that names --data or `option`.
+    """
+    from restore_core.storage import open_storage, overlaps, require_readable, require_writable
+
+    source = open_storage(data, option="--data")
+    require_readable(source, "--data")
+    target = open_storage(output, option=option)
+    if overlaps(source, target):
+        raise UsageError(f"{option} {output}: lies inside --data {source.uri}; choose another place")
+    require_writable(target, option)
+    return source, target
 
 
 def worker_count(text: str, option: str = "--workers") -> int | None:

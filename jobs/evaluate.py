@@ -57,19 +57,12 @@ class Evaluate:
 def main(job: Evaluate) -> int:
     from restore_core import checkpoint, provenance
     from restore_core.degradations import STANDARD
-    from restore_core.errors import UsageError
-    from restore_core.storage import open_storage, overlaps, require_readable, require_writable
 
     for damage in job.damages:
         require(damage in STANDARD, "damages", damage, f"no standard damage; use some of {', '.join(STANDARD)}")
     for name in job.baselines:
         named(name)
-    data = open_storage(job.data, option="--data")
-    require_readable(data, "--data")
-    output = open_storage(job.output, option="--output")
-    if overlaps(data, output):
-        raise UsageError(f"--output {job.output}: lies inside --data {data.uri}; choose another place")
-    require_writable(output, "--output")
+    data, output = command_line.data_and_output(job.data, job.output, "--output")
     models = tuple(checkpoint.read(name) for name in job.model)
     from restore_core import report
     from restore_core.pipelines import cluster, evaluation

@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs import command_line
 from restore_core.config import VARIANTS, OptimizerConfig, Phase, TrainConfig, require
-from restore_core.errors import UsageError
 
 RECORD, TABLE, CURVES, PICTURES = "study.json", "study.md", "losses.png", "overview.png"
 
@@ -72,14 +71,8 @@ class Search:
 
 def main(job: Search) -> int:
     trials = job.trials()
-    from restore_core.storage import open_storage, overlaps, require_readable, require_writable
 
-    data = open_storage(job.data, option="--data")
-    require_readable(data, "--data")
-    folder = open_storage(job.output, option="--output")
-    if overlaps(data, folder):
-        raise UsageError(f"--output {job.output}: lies inside --data {data.uri}; choose another place")
-    require_writable(folder, "--output")
+    data, folder = command_line.data_and_output(job.data, job.output, "--output")
     from restore_core import provenance, report
     from restore_core.pipelines import search
     from restore_core.pipelines.study import OVERVIEW, Study, overview, rows_of

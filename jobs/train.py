@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs import command_line
 from restore_core.config import PRESETS, Precision, ResidualUNetConfig, TrainConfig, parse_schedule, require
-from restore_core.errors import DivergedError, UsageError
+from restore_core.errors import DivergedError
 
 LOSS_PLOT, SAMPLE_SHEET = "loss.png", "samples.png"
 
@@ -72,14 +72,8 @@ class Train:
 def main(job: Train) -> int:
     config = job.config()
     from restore_core import checkpoint
-    from restore_core.storage import open_storage, overlaps, require_readable, require_writable
 
-    data = open_storage(job.data, option="--data")
-    require_readable(data, "--data")
-    storage = open_storage(job.storage, option="--storage")
-    if overlaps(data, storage):
-        raise UsageError(f"--storage {job.storage}: lies inside --data {data.uri}; choose another place")
-    require_writable(storage, "--storage")
+    data, storage = command_line.data_and_output(job.data, job.storage, "--storage")
     initial = checkpoint.read(job.init, option="--init") if job.init is not None else None
     if initial and not (isinstance(config.model, ResidualUNetConfig) and config.model.extends(initial.architecture)):
         config = dataclasses.replace(config, model=initial.architecture)

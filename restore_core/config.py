@@ -267,6 +267,18 @@ def _same_type(value: object, example: object) -> bool:
     return type(value) is type(example) or (isinstance(example, float) and type(value) is int)
 
 
+# The bundled model `faces`; its card says how it was trained and what came of it.
+_FACES = TrainConfig(
+    model=ResidualUNetConfig(channels=(32, 64, 128, 256, 256), blocks=(2, 4, 3, 2, 2)),
+    damage=DamageConfig(noise_share=0.45, flips_share=0.3, patches_share=0.45, gray_share=0.25, alone_share=0.5),
+    # At a rate of 1e-3 the loss jumped in the second epoch, at 7e-4 in the sixth.
+    optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=300),
+    phases=parse_schedule("48:20,48+64+96:10,48+64+128+250:12"),
+    batch_size=32,
+    central_share=0.6,
+    whole_share=0.2,
+)
+
 PRESETS: dict[str, TrainConfig] = {
     # Proves that everything works: about a minute on 2 CPU cores, and restores nothing worth seeing.
     "smoke": TrainConfig(
@@ -279,26 +291,13 @@ PRESETS: dict[str, TrainConfig] = {
     ),
     # The project's origin: the strided autoencoder with skips at 48 pixels, 20 epochs.
     "origin": TrainConfig(model=AutoencoderConfig(), phases=parse_schedule("48:20")),
-    # The bundled model `faces`; its card says how it was trained and what came of it.
-    "faces": TrainConfig(
-        model=ResidualUNetConfig(channels=(32, 64, 128, 256, 256), blocks=(2, 4, 3, 2, 2)),
-        damage=DamageConfig(noise_share=0.45, flips_share=0.3, patches_share=0.45, gray_share=0.25, alone_share=0.5),
-        # At a rate of 1e-3 the loss jumped in the second epoch, at 7e-4 in the sixth.
-        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=300),
-        phases=parse_schedule("48:20,48+64+96:10,48+64+128+250:12"),
-        batch_size=32,
-        central_share=0.6,
-        whole_share=0.2,
-    ),
+    "faces": _FACES,
     # The bundled model `faces-fast`: a tenth of the multiply-adds of `faces`, for CPUs.
-    "faces-fast": TrainConfig(
+    "faces-fast": dataclasses.replace(
+        _FACES,
         model=ResidualUNetConfig(channels=(16, 32, 48, 96, 192), blocks=(1, 1, 1, 1, 2)),
-        damage=DamageConfig(noise_share=0.45, flips_share=0.3, patches_share=0.45, gray_share=0.25, alone_share=0.5),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=300),
         phases=parse_schedule("48:20,48+64+96:5,48+64+128+250:3"),
-        batch_size=32,
-        central_share=0.6,
-        whole_share=0.2,
     ),
 }
 """What `jobs/train.py --preset` takes; `--schedule`, `--batch-size`, `--learning-rate` and `--seed` change one part."""

@@ -189,6 +189,12 @@ def count_parameters(model: nn.Module) -> int:
 
 def count_macs(config: ModelConfig, height: int, width: int) -> int:
     """Multiply-adds of the (transposed) convolutions for one image of height x width pixels; nothing is computed."""
+    with torch.device("meta"):
+        return macs_of(build(config), height, width)
+
+
+def macs_of(model: nn.Module, height: int, width: int) -> int:
+    """The same of a network that was built on the device `meta`, where nothing is computed."""
     total = 0
 
     def add(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -197,10 +203,9 @@ def count_macs(config: ModelConfig, height: int, width: int) -> int:
         positions = output if isinstance(module, nn.Conv2d) else inputs[0]
         total += positions.shape[-2] * positions.shape[-1] * module.weight.numel()
 
-    with torch.device("meta"):
-        model = build(config).eval()  # batch norm would refuse a training batch of one value a channel
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-                module.register_forward_hook(add)
-        model(torch.empty(1, 3, height, width))
+    model.eval()  # batch norm would refuse a training batch of one value a channel
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            module.register_forward_hook(add)
+    model(torch.empty(1, 3, height, width, device="meta"))
     return total

@@ -118,14 +118,19 @@ class Evaluator:
 
 def samples(photographs: pa.Table, plan: Plan) -> Iterator[list[Sample]]:
     """All photographs of a table, damaged: a list for each size and damage."""
-    columns = zip(*(photographs[name].to_pylist() for name in sources.DECODED_SCHEMA.names), strict=True)
-    singles = [
-        Photographs.of([key], [pixels], [height], [width], max(height, width)) for key, pixels, height, width in columns
-    ]
+    singles = _singles(photographs)
     for size in plan.sizes:
         clean = {single.keys[0]: _at_size(single, size) for single in singles}
         for damage in plan.damages:
             yield [_sample(key, size, damage, image) for key, image in clean.items()]
+
+
+def _singles(table: pa.Table) -> list[Photographs]:
+    """Each photograph of a table by itself, in a canvas of its own size."""
+    columns = zip(*(table[name].to_pylist() for name in sources.DECODED_SCHEMA.names), strict=True)
+    return [
+        Photographs.of([key], [pixels], [height], [width], max(height, width)) for key, pixels, height, width in columns
+    ]
 
 
 def _at_size(single: Photographs, size: int) -> Pixels:
@@ -259,20 +264,16 @@ def _worst(plan: Plan, data: Storage, split: str, images: int, rows: list[Row]) 
         lambda table: table.filter(pa.array([key in wanted for key in table["key"].to_pylist()], pa.bool_())),
         batch_format="pyarrow",
     )
-    tables = {row["key"]: pa.Table.from_pylist([row], schema=sources.DECODED_SCHEMA) for row in kept.take_all()}
+    table = pa.Table.from_pylist(kept.take_all(), schema=sources.DECODED_SCHEMA)
+    singles = {single.keys[0]: single for single in _singles(table)}
     evaluator = Evaluator(replace(plan, models=plan.models[:1], baselines=(), device="cpu"))  # the driver has no GPU
     results = []
     for row in chosen:
-        clean = _at_size(_single(tables[row["key"]]), row["size"])
+        clean = _at_size(singles[row["key"]], row["size"])
         sample = _sample(row["key"], row["size"], row["damage"], clean)
         ((_, restored),) = evaluator.restored(first, [sample])
         results.append(Worst(row, sample, restored))
     return results
-
-
-def _single(table: pa.Table) -> Photographs:
-    key, pixels, height, width = (table[name][0].as_py() for name in sources.DECODED_SCHEMA.names)
-    return Photographs.of([key], [pixels], [height], [width], max(height, width))
 
 
 # --- Sums ----------------------------------------------------------------------------------------------------------

@@ -207,6 +207,8 @@ class TrainConfig:
     """Share of the samples cut around the middle, where an aligned photograph has its face."""
     whole_share: float = 0.0
     """Share of the samples that are the largest square of the photograph; those left over are cut anywhere."""
+    overlay_share: float = 0.0
+    """Share of the samples with borders, letters, shapes or other photographs in them, which are no damage, 0 to 1."""
     val_size: int = 64
     """Side of the validation samples, pixels."""
     val_images: int = 64
@@ -226,6 +228,7 @@ class TrainConfig:
             0 <= self.whole_share <= 1 - self.central_share,
             "whole_share", self.whole_share, "use a share from 0 to 1 - central_share",
         )  # fmt: skip
+        require(0 <= self.overlay_share <= 1, "overlay_share", self.overlay_share, "use a share from 0 to 1")
 
     @property
     def epochs(self) -> int:
@@ -270,13 +273,14 @@ def _same_type(value: object, example: object) -> bool:
 # The bundled model `faces`; its card says how it was trained and what came of it.
 _FACES = TrainConfig(
     model=ResidualUNetConfig(channels=(32, 64, 128, 256, 256), blocks=(2, 4, 3, 2, 2)),
-    damage=DamageConfig(noise_share=0.45, flips_share=0.3, patches_share=0.45, gray_share=0.25, alone_share=0.5),
+    damage=DamageConfig(noise_share=0.6, flips_share=0.3, patches_share=0.45, gray_share=0.2, alone_share=0.5),
     # At a rate of 1e-3 the loss jumped in the second epoch, at 7e-4 in the sixth.
     optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=300),
     phases=parse_schedule("48:20,48+64+96:10,48+64+128+250:12"),
     batch_size=32,
     central_share=0.6,
     whole_share=0.2,
+    overlay_share=0.25,
 )
 
 PRESETS: dict[str, TrainConfig] = {

@@ -24,6 +24,7 @@ from restore_core.degradations import STANDARD, Damage, Generator, degrade, draw
 from restore_core.errors import DivergedError
 from restore_core.metrics import batch_psnr, to_uint8
 from restore_core.model import Prediction, build
+from restore_core.overlays import draw_overlays
 
 STATE_TENSORS = "state.safetensors"
 STATE_FILE = "state.json"
@@ -175,6 +176,8 @@ class Trainer:
         seeds = [seed_of(self.config.seed, "train", self.epoch, key) for key in batch.keys]
         generator = Generator(seeds, self.device)
         clean = random_crops(batch, size, self.config, generator)
+        if self.config.overlay_share:
+            clean = draw_overlays(clean, self.config.overlay_share, generator)
         damaged, destroyed = degrade(clean, draw_damage(self.config.damage, generator), generator)
         loss = self.loss(self._predict(self.distributed, damaged), clean, destroyed)
         self.optimizer.zero_grad(set_to_none=True)

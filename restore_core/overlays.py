@@ -48,7 +48,8 @@ def _overlay(images: Tensor, generator: Generator) -> Tensor:
     shape = torch.where((draw[:, 5] < 0.5)[:, None, None], disc, slanted)
 
     bits = (generator.uniform(1, CELLS, CELLS) < 0.45).float()  # [B, 1, C, C]
-    grid = torch.stack(torch.broadcast_tensors(u * (0.2 + 0.8 * draw[:, 6, None, None]), v), dim=-1)  # [B, H, W, 2]
+    stretched = u * (0.2 + 0.8 * draw[:, 6, None, None])
+    grid = torch.stack((stretched.expand(size, height, width), v.expand(size, height, width)), dim=-1)  # [B, H, W, 2]
     letters = F.grid_sample(bits, grid, mode="nearest", align_corners=False)[:, 0] > 0.5
     letters &= (v.abs() < 0.85) & (u.abs() < 0.85)
     sign = (draw[:, 7] < 0.6)[:, None, None] & upright
@@ -57,9 +58,9 @@ def _overlay(images: Tensor, generator: Generator) -> Tensor:
     down, across = torch.linspace(0, 1, height), torch.linspace(0, 1, width)
     top = torch.minimum(down, 1 - down).to(images.device)[None, :, None] < thickness  # both ends, [B, H, 1]
     side = torch.minimum(across, 1 - across).to(images.device)[None, None, :] < thickness
-    border = torch.stack(
-        torch.broadcast_tensors(top, side, top | side, y.abs() < thickness / 4, x.abs() < thickness / 4)
-    )[(draw[:, 9] * 5).long(), torch.arange(size, device=images.device)]
+    borders = (top, side, top | side, y.abs() < thickness / 4, x.abs() < thickness / 4)
+    which = (draw[:, 9] * len(borders)).long(), torch.arange(size, device=images.device)
+    border = torch.stack([each.expand(size, height, width) for each in borders])[which]  # [B, H, W]
 
     kind = generator.integers(4, 1)[:, 0, None, None]  # [B, 1, 1]
     area = torch.where(kind == 0, border, torch.where(kind == 1, shape, torch.where(kind == 2, sign, upright)))

@@ -50,6 +50,12 @@ class Storage(Protocol):
     def exists(self, key: str) -> bool:
         """Tell whether the object is there. Raises ItemError `denied` or `read` when that cannot be told."""
 
+    def unfinished(self) -> Iterator[str]:
+        """Yield the keys of half-written files that a killed process has left behind; `list` leaves them out.
+
+        Raises StorageError like `list`.
+        """
+
     def filesystem(self) -> "tuple[FileSystem, str]":
         """Return a pyarrow filesystem and the root's path in it, for Parquet and Ray Data."""
 

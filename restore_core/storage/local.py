@@ -42,6 +42,21 @@ class LocalStorage:
 
     def list(self, prefix: str = "") -> Iterator[Object]:
         """See `Storage`. Symbolic links to folders are not followed; links to files are listed like files."""
+        for key, entry in self._files(prefix):
+            try:
+                if entry.is_file() and not _TEMPORARY.fullmatch(entry.name):
+                    stat = entry.stat()
+                    yield Object(key, stat.st_size, f"{stat.st_mtime_ns:x}")
+            except FileNotFoundError:  # deleted since its folder was listed
+                continue
+            except OSError as error:
+                raise StorageError(one_line(f"cannot list {self.join(key)}: {error.strerror}")) from error
+
+    def unfinished(self) -> Iterator[str]:
+        return (key for key, entry in self._files("") if _TEMPORARY.fullmatch(entry.name))
+
+    def _files(self, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        """Keys and entries of all that is no folder, in the order of the keys."""
         folder, slash, start = prefix.rpartition("/")
         top = self._path(folder, "read") if folder else self.root
         pending = _entries(top, folder + slash)
@@ -51,15 +66,8 @@ class LocalStorage:
                 continue
             if key.endswith("/"):
                 pending += _entries(entry.path, key)
-                continue
-            try:
-                if entry.is_file() and not _TEMPORARY.fullmatch(entry.name):
-                    stat = entry.stat()
-                    yield Object(key, stat.st_size, f"{stat.st_mtime_ns:x}")
-            except FileNotFoundError:  # deleted since its folder was listed
-                continue
-            except OSError as error:
-                raise StorageError(one_line(f"cannot list {self.join(key)}: {error.strerror}")) from error
+            else:
+                yield key, entry
 
     def read(self, key: str) -> bytes:
         with _os_errors("read", self.join(key)):

@@ -81,6 +81,10 @@ class S3Storage:
             raise
         return True
 
+    def unfinished(self) -> Iterator[str]:
+        """See `Storage`. None: each object is put by one request, which stores all of it or nothing."""
+        return iter(())
+
     def filesystem(self) -> "tuple[FileSystem, str]":
         """See `Storage`. Raises StorageError when the bucket's region is neither set nor can be asked for."""
         import boto3

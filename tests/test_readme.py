@@ -71,7 +71,7 @@ def test_local_commands_in_their_order(
         module, job = parse([*command, *extra.get(Path(command[1]).stem, [])])
         assert module.main(job) == 0, command
         ran.append(Path(command[1]).stem)
-    assert set(ran) == {"restore_bucket", "pack_dataset", "train", "evaluate", "search"}
+    assert set(ran) == {"restore_bucket", "verify_bucket", "pack_dataset", "train", "evaluate", "search"}
     assert moto_client.list_objects_v2(Bucket="photos", Prefix="restored/lfw_funneled/")["KeyCount"] == 4
     for name in ("metrics.csv", "loss.png", "samples.png", "model/model.safetensors", "quality/quality.md"):
         assert (tmp_path / "runs/mine" / name).stat().st_size > 0

@@ -26,6 +26,7 @@ from restore_core.checkpoint import ModelFolder
 from restore_core.config import KINDS, Kind
 from restore_core.errors import ItemError, UsageError
 from restore_core.inference import check_repair
+from restore_core.lease import Lease
 from restore_core.manifest import Ledger, Retry, Row
 from restore_core.pipelines import cluster, stages
 from restore_core.pipelines.listing import (
@@ -46,6 +47,7 @@ FLUSH_ROWS, FLUSH_SECONDS = 2000, 10.0
 PROGRESS_SECONDS = 5.0
 IO_THREADS = 8
 """Objects fetched, decoded, encoded and written at once in each actor."""
+LEASE_FILE = f"{manifest.FOLDER}/lease.json"
 RUN_FILE = f"{manifest.FOLDER}/run.json"
 SAMPLES, SAMPLE_PIXELS = 12, 2**24
 """Of the report: how many photographs it shows, and how large one may be for it."""
@@ -210,6 +212,22 @@ def restore(
     if groups is not None:
         objects = [item for group in groups for item in group.objects]
     run_id = manifest.new_run_id()
+    with Lease(output, LEASE_FILE, run_id) as lease:
+        return _restore(input, objects, groups, output, model, options, command, run_id, lease)
+
+
+def _restore(
+    input: Storage,
+    objects: list[Object],
+    groups: list[RowGroup] | None,
+    output: Storage,
+    model: ModelFolder,
+    options: RestoreOptions,
+    command: list[str],
+    run_id: str,
+    lease: Lease,
+) -> Summary:
+    """The same for what has been listed, while nobody else writes there."""
     ledger = Ledger(output, run_id)
     identity = manifest.options_hash({name: getattr(options, name) for name in RESULT_OPTIONS})
     existing = {item.key for item in output.list()}
@@ -226,7 +244,8 @@ def restore(
     started = time.perf_counter()
     logger.info("%d objects listed, %d of them left to do", len(objects), len(work))
     if work:
-        _run(work, groups, input, output, model, options, ledger)
+        _run(work, groups, input, output, model, options, ledger, lease)
+    lease.check()
     merged = ledger.merge()
     if groups is not None:
         _remove_outdated(output, before, merged, targets={group.output_key for group in groups})
@@ -269,6 +288,7 @@ def _run(
     model: ModelFolder,
     options: RestoreOptions,
     ledger: Ledger,
+    lease: Lease,
 ) -> None:
     cluster.connect()
     device = cluster.pick_device(options.device)
@@ -293,7 +313,7 @@ def _run(
         repair=options.repair,
         self_ensemble=options.self_ensemble,
     )
-    account = _Account(ledger, total=len(work))
+    account = _Account(ledger, lease, total=len(work))
     context = ray.data.DataContext.get_current()
     allowed, context.max_errored_blocks = context.max_errored_blocks, -1
     try:
@@ -346,8 +366,9 @@ def _row_of(item: Object, work: dict[str, Row], missing: dict[str, Row]) -> Row:
 class _Account:
     """Rows as they come from the actors: into the ledger in time, onto the terminal in short."""
 
-    def __init__(self, ledger: Ledger, total: int) -> None:
+    def __init__(self, ledger: Ledger, lease: Lease, total: int) -> None:
         self.done: set[str] = set()
+        self._lease = lease
         self._ledger = ledger
         self._total = total
         self._failed = 0
@@ -359,6 +380,7 @@ class _Account:
             self.add(manifest.rows_of(table))
 
     def add(self, rows: list[Row]) -> None:
+        self._lease.check()
         self._waiting += rows
         self.done.update(row.key for row in rows)
         self._failed += sum(row.status == "failed" for row in rows)

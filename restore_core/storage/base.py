@@ -44,6 +44,12 @@ class Storage(Protocol):
     def write(self, key: str, data: bytes, content_type: str | None = None) -> None:
         """Write the object whole or not at all, over an older one. Raises ItemError `denied` or `write`."""
 
+    def write_if(self, key: str, data: bytes, version: str | None) -> str | None:
+        """Write the object only if it is not there (`version` None), or still is that version (an `Object.etag`).
+
+        Returns the new version, None if the condition does not hold. Raises ItemError `denied` or `write`.
+        """
+
     def delete(self, key: str) -> None:
         """Delete the object; a missing one is no error. Raises ItemError `denied` or `write`."""
 

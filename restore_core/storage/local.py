@@ -46,7 +46,7 @@ class LocalStorage:
             try:
                 if entry.is_file() and not _TEMPORARY.fullmatch(entry.name):
                     stat = entry.stat()
-                    yield Object(key, stat.st_size, f"{stat.st_mtime_ns:x}")
+                    yield Object(key, stat.st_size, _etag(stat))
             except FileNotFoundError:  # deleted since its folder was listed
                 continue
             except OSError as error:
@@ -76,15 +76,21 @@ class LocalStorage:
     def write(self, key: str, data: bytes, content_type: str | None = None) -> None:
         with _os_errors("write", self.join(key)):
             path = self._path(key, "write")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".restore-{uuid.uuid4().hex}.tmp")
-            try:
-                with temporary.open("xb") as file:
-                    file.write(data)
+            with _temporary_file(path, data) as temporary:
                 temporary.replace(path)
-            except BaseException:  # also on KeyboardInterrupt: leave no half a file behind
-                temporary.unlink(missing_ok=True)
-                raise
+
+    def write_if(self, key: str, data: bytes, version: str | None) -> str | None:
+        """See `Storage`. The old version is moved away, which only one succeeds in, before the new one is put there."""
+        with _os_errors("write", self.join(key)):
+            path = self._path(key, "write")
+            with _temporary_file(path, data) as temporary:
+                if version is not None and not _move_away(path, version):
+                    return None
+                try:
+                    _put_new(temporary, path)
+                except FileExistsError:
+                    return None
+                return _etag(path.stat())
 
     def delete(self, key: str) -> None:
         with _os_errors("write", self.join(key)):
@@ -150,6 +156,57 @@ class LocalStorage:
                 return path
             reason = "leads out of the folder through a symbolic link"
         raise ItemError(doing, one_line(f"key {key!r} {reason}; not allowed in the local folder {self.uri}"))
+
+
+@contextlib.contextmanager
+def _temporary_file(path: Path, data: bytes) -> Iterator[Path]:
+    """The content beside its place; gone at the end, unless it was moved there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(_temporary_name())
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+        yield temporary
+    finally:  # also on KeyboardInterrupt: leave no half a file behind
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary_name() -> str:
+    return f".restore-{uuid.uuid4().hex}.tmp"
+
+
+def _move_away(path: Path, version: str) -> bool:
+    """Remove the file if it is that version, else leave it as it is. Returns whether it was."""
+    away = path.with_name(_temporary_name())
+    try:
+        if _etag(path.stat()) != version:
+            return False
+        path.rename(away)
+    except FileNotFoundError:
+        return False
+    try:
+        if _etag(away.stat()) == version:
+            return True
+        with contextlib.suppress(FileExistsError):  # changed just now, and again since
+            _put_new(away, path)
+        return False
+    finally:
+        away.unlink()
+
+
+def _put_new(source: Path, path: Path) -> None:
+    """Give the file another name, which unlike a rename fails with FileExistsError where there is something."""
+    try:
+        os.link(source, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        with path.open("xb") as file:
+            file.write(source.read_bytes())
+
+
+def _etag(stat: os.stat_result) -> str:
+    return f"{stat.st_mtime_ns:x}"
 
 
 def _entries(folder: str | Path, prefix: str) -> list[tuple[str, os.DirEntry[str]]]:

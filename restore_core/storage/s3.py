@@ -67,6 +67,20 @@ class S3Storage:
         with _s3_errors("write", self.join(key)):
             s3_client().put_object(Bucket=self.bucket, Key=self.full_key(key), Body=data, **extra)
 
+    def write_if(self, key: str, data: bytes, version: str | None) -> str | None:
+        """See `Storage`. One conditional request (Amazon S3 and MinIO have them)."""
+        condition: dict[str, Any] = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
+        with _s3_errors("write", self.join(key)):
+            try:
+                put = s3_client().put_object(Bucket=self.bucket, Key=self.full_key(key), Body=data, **condition)
+            except _s3_exceptions() as error:
+                # 409: another conditional write of it was under way; 404: it should be replaced, and is gone
+                if _status(error) in (409, 412) or (version is not None and _code(error) == "NoSuchKey"):
+                    return None
+                raise
+            return put["ETag"].strip('"')
+        raise AssertionError("unreachable")
+
     def delete(self, key: str) -> None:
         with _s3_errors("write", self.join(key)):
             s3_client().delete_object(Bucket=self.bucket, Key=self.full_key(key))

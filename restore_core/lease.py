@@ -1,0 +1,166 @@
+"""One writer at a time: a file in the output, created only if it is not there, and renewed while its owner lives.
+
+Stands on conditional writes (If-None-Match and If-Match on S3, links on disk), so it needs no other service. Clocks of
+machines that share an output should agree within a few seconds, as NTP keeps them.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Self
+
+from restore_core.errors import ItemError, StorageError, UsageError
+from restore_core.storage import Storage
+
+RENEW_SECONDS, EXPIRE_SECONDS = 15.0, 60.0
+"""How often a living owner renews its lease, and how old the lease of a dead one has to be. Seconds."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What the file says. Times are seconds since 1970."""
+
+    run_id: str
+    host: str
+    pid: int
+    process: str
+    """Identifies the process among all that ever ran on its machine; "" where the system does not tell."""
+    since: float
+    renewed: float
+
+    def describe(self) -> str:
+        since = datetime.fromtimestamp(self.since, UTC).isoformat(" ", "seconds")
+        return f"host {self.host!r}, process {self.pid}, since {since}"
+
+    def dead(self) -> bool:
+        """Whether it has stopped renewing, or was a process of this machine that is gone."""
+        if time.time() - self.renewed > EXPIRE_SECONDS:
+            return True
+        machine = _machine()
+        return bool(machine) and self.process.startswith(machine) and self.process != _process(self.pid)
+
+
+class Lease:
+    """Holds OUTPUT/`key` as a context manager.
+
+    Entering raises UsageError when another run holds it, ItemError or StorageError when the output cannot be used.
+
+    Args:
+        output: where nobody else may write meanwhile.
+        key: of the file.
+        run_id: of this run, unique.
+        option: to name in the error.
+    """
+
+    def __init__(self, output: Storage, key: str, run_id: str, option: str = "--output") -> None:
+        self._output = output
+        self._key = key
+        self._option = option
+        now = time.time()
+        self._owner = Owner(run_id, socket.gethostname(), os.getpid(), _process(os.getpid()), now, now)
+        self._version: str | None = None
+        self._lost = False
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._renew, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._version = self._put(None)
+        if self._version is None:
+            self._version = self._take_over()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        if not self._lost:
+            with contextlib.suppress(ItemError):  # it expires by itself
+                self._output.delete(self._key)
+
+    def check(self) -> None:
+        """Raise StorageError if another run has taken the lease over, since this one could not renew it."""
+        if self._lost:
+            raise StorageError(
+                f"{self._option} {self._output.uri}: this run could not renew its lease {self._key} and another may be "
+                "at work there; start again to go on"
+            )
+
+    def _put(self, version: str | None) -> str | None:
+        data = json.dumps(asdict(self._owner), indent=2).encode()
+        return self._output.write_if(self._key, data, version)
+
+    def _take_over(self) -> str:
+        """The lease of an owner that is dead. Raises UsageError if it lives, or another is quicker."""
+        found = next((item for item in self._output.list(self._key) if item.key == self._key), None)
+        try:
+            data = self._output.read(self._key) if found else None
+        except ItemError as error:
+            if error.error != "vanished":
+                raise
+            data = None
+        if data is None:  # given back in the meantime
+            version = self._put(None)
+        else:
+            owner = self._parse(data)
+            if not owner.dead():
+                left = max(1, round(EXPIRE_SECONDS - (time.time() - owner.renewed)))
+                raise UsageError(
+                    f"{self._option} {self._output.uri}: another restore is at work there ({owner.describe()}); wait "
+                    f"until it ends, or, if it was killed, start again in {left} s"
+                )
+            assert found is not None
+            version = self._put(found.etag)
+        if version is None:
+            raise UsageError(
+                f"{self._option} {self._output.uri}: another restore began at the same moment; wait for it"
+            )
+        return version
+
+    def _parse(self, data: bytes) -> Owner:
+        try:
+            owner = Owner(**json.loads(data))
+            owner.describe()
+            float(owner.renewed)
+            owner.process.startswith("")
+        except (ValueError, TypeError, AttributeError, OverflowError, OSError):
+            raise UsageError(
+                f"{self._option} {self._output.uri}: {self._key} there is no lease of a restore; delete it"
+            ) from None
+        return owner
+
+    def _renew(self) -> None:
+        while not self._ended.wait(RENEW_SECONDS):
+            last, self._owner = self._owner, Owner(**{**asdict(self._owner), "renewed": time.time()})
+            try:
+                self._version = self._put(self._version)
+                self._lost = self._version is None
+            except ItemError:  # no connection, say: tried again until the lease has expired
+                self._owner = last
+                self._lost = time.time() - last.renewed > EXPIRE_SECONDS
+            if self._lost:
+                return
+
+
+def _machine() -> str:
+    """Identifies this machine since its start, and the container; "" where the system does not tell."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()}/{boot}/{Path('/proc/self/ns/pid').readlink()}/"
+    except OSError:
+        return ""
+
+
+def _process(pid: int) -> str:
+    """Identifies a process that runs here now; the number alone would do for a later one too."""
+    machine = _machine()
+    try:
+        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # in clock ticks since the boot
+    except OSError:
+        return f"{machine}gone" if machine else ""
+    return f"{machine}{pid}/{started}"

@@ -1,0 +1,181 @@
+"""Of several runs on one output exactly one works; that of a dead owner is taken over, that of a living one never."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from processes import wait_for
+
+from restore_core import lease
+from restore_core.errors import ItemError, StorageError, UsageError
+from restore_core.lease import Lease
+from restore_core.storage import LocalStorage, Storage, open_storage
+
+KEY = "_restore/lease.json"
+
+
+@pytest.fixture(params=["disk", "s3"])
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
+    if request.param == "disk":
+        yield LocalStorage(tmp_path)
+    else:
+        request.getfixturevalue("s3")
+        yield open_storage("s3://photos/out/")
+
+
+def rewrite(output: Storage, **changes: object) -> None:
+    output.write(KEY, json.dumps({**json.loads(output.read(KEY)), **changes}).encode())
+
+
+def test_the_second_run_is_refused_until_the_first_ends(output: Storage) -> None:
+    with Lease(output, KEY, "first") as held:
+        with pytest.raises(
+            UsageError, match=r"^--output .*another restore is at work there \(host .*process \d+"
+        ) as no:
+            Lease(output, KEY, "second").__enter__()
+        assert "\n" not in str(no.value)
+        held.check()
+        assert json.loads(output.read(KEY))["run_id"] == "first"
+    assert not output.exists(KEY)
+    with Lease(output, KEY, "second"):
+        pass
+
+
+def test_of_many_at_once_one_works(output: Storage) -> None:
+    start, working, refused = threading.Barrier(8), [], []
+
+    def enter(name: str) -> None:
+        start.wait()
+        try:
+            Lease(output, KEY, name).__enter__()
+            working.append(name)
+        except UsageError as error:
+            refused.append(str(error))
+
+    def race() -> None:
+        working.clear()
+        threads = [threading.Thread(target=enter, args=(f"run {number}",)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    race()
+    assert len(working) == 1 and len(refused) == 7
+    # and of many that find a dead one
+    rewrite(output, renewed=time.time() - 2 * lease.EXPIRE_SECONDS, host="elsewhere", process="")
+    race()
+    assert len(working) == 1
+    assert json.loads(output.read(KEY))["run_id"] == working[0]
+    output.delete(KEY)
+
+
+def test_a_lease_of_another_machine_counts_until_it_has_expired(output: Storage) -> None:
+    with Lease(output, KEY, "first"):
+        rewrite(output, host="elsewhere", process="elsewhere/boot/pid/17/3", renewed=time.time() - 40)
+        with pytest.raises(UsageError, match=r"'elsewhere'.* start again in (19|20) s"):
+            Lease(output, KEY, "second").__enter__()
+        rewrite(output, renewed=time.time() - lease.EXPIRE_SECONDS - 1)
+        with Lease(output, KEY, "third"):
+            assert json.loads(output.read(KEY))["run_id"] == "third"
+
+
+def test_a_living_owner_renews_and_learns_that_it_has_lost(output: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
+    with Lease(output, KEY, "first") as held:
+        before = json.loads(output.read(KEY))["renewed"]
+        wait_for(lambda: json.loads(output.read(KEY))["renewed"] > before)
+        held.check()
+        # written by somebody else in the meantime; a renewal under way may win once
+        wait_for(lambda: (rewrite(output, run_id="thief"), held._lost)[1])
+        with pytest.raises(StorageError, match=r"could not renew its lease"):
+            held.check()
+    assert output.exists(KEY), "the thief's lease was deleted"
+
+
+def test_a_short_outage_is_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
+    output = LocalStorage(tmp_path)
+    down = threading.Event()
+    tried: list[int] = []
+    write_if = LocalStorage.write_if
+
+    def flaky(self: LocalStorage, key: str, data: bytes, version: str | None) -> str | None:
+        if down.is_set():
+            tried.append(1)
+            raise ItemError("write", "no route to host")
+        return write_if(self, key, data, version)
+
+    monkeypatch.setattr(LocalStorage, "write_if", flaky)
+    with Lease(output, KEY, "first") as held:
+        down.set()
+        wait_for(lambda: len(tried) > 3)
+        held.check()
+        down.clear()
+        before = time.time()
+        wait_for(lambda: json.loads(output.read(KEY))["renewed"] > before)
+        down.set()
+        monkeypatch.setattr(lease, "EXPIRE_SECONDS", 0.2)
+        wait_for(lambda: held._lost)
+
+
+def test_the_lease_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from restore_core.lease import Lease; from restore_core.storage import LocalStorage;"
+        f"from pathlib import Path; Lease(LocalStorage(Path({str(tmp_path)!r})), {KEY!r}, 'killed').__enter__();"
+        "print('held', flush=True); time.sleep(60)"
+    )
+    output = LocalStorage(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        with pytest.raises(UsageError, match=f"process {process.pid}, "):
+            Lease(output, KEY, "second").__enter__()
+        os.kill(process.pid, signal.SIGKILL)
+    with Lease(output, KEY, "second"):
+        assert json.loads(output.read(KEY))["run_id"] == "second"
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b"[1]", b'{"run_id": 1}'])
+def test_what_is_no_lease_is_refused_and_kept(output: Storage, content: bytes) -> None:
+    output.write(KEY, content)
+    with pytest.raises(UsageError, match=r"lease\.json there is no lease of a restore; delete it"):
+        Lease(output, KEY, "second").__enter__()
+    assert output.read(KEY) == content
+
+
+def test_conditional_writes(output: Storage) -> None:
+    first = output.write_if("a/b", b"1", None)
+    assert first is not None
+    assert output.write_if("a/b", b"2", None) is None
+    assert output.write_if("a/b", b"2", "0" * 32) is None
+    assert output.read("a/b") == b"1"
+    time.sleep(0.01)
+    second = output.write_if("a/b", b"2", first)
+    assert second is not None and output.read("a/b") == b"2"
+    assert output.write_if("a/b", b"3", first) is None
+    assert output.write_if("never there", b"3", first) is None
+    assert [item.key for item in output.list()] == ["a/b"]
+    assert [item.etag for item in output.list()] == [second]
+    assert not list(output.unfinished())
+
+
+def test_conditional_writes_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    output = LocalStorage(tmp_path)
+    first = output.write_if("a", b"1", None)
+    assert output.write_if("a", b"2", None) is None
+    assert output.write_if("a", b"2", "0") is None
+    assert output.read("a") == b"1"
+    assert [item.etag for item in output.list()] == [first]
+    assert output.write_if("a", b"2", first) is not None
+    assert output.read("a") == b"2"

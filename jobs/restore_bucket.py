@@ -41,15 +41,19 @@ class RestoreBucket:
     """Kinds of damage to repair; what the others did stays. Without gray, what lost its colour stays gray."""
     self_ensemble: bool = False
     """Restore each image and its mirror image and take the mean: a little better, twice the work."""
+    max_change: float | None = None
+    """Do not write results that differ more from the input than this, on average over the pixels; 0 to 255."""
     retry_failed: str | None = None
     """Try failed objects again: all, or classes of the ledger's column `error`, such as read,denied."""
     max_failed_share: float = 0.5
-    """Exit with 1 when more than this share of the objects has failed, 0 to 1."""
+    """Exit with 1 when more than this share has failed, 0 to 1; at once, when that is so after the first 1,000."""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
         require(0 < self.max_megapixels < 1e6, "max_megapixels", self.max_megapixels, "use a number from 0 to 1000000")
         require(0 <= self.max_failed_share <= 1, "max_failed_share", self.max_failed_share, "use a share from 0 to 1")
+        if self.max_change is not None:
+            require(0 <= self.max_change <= 255, "max_change", self.max_change, "use a number from 0 to 255")
         parse_repair(self.repair)
         command_line.worker_count(self.workers)
 
@@ -78,7 +82,9 @@ def main(job: RestoreBucket) -> int:
         strip_metadata=job.strip_metadata,
         repair=parse_repair(job.repair),
         self_ensemble=job.self_ensemble,
+        max_change=job.max_change,
         retry=retry,
+        max_failed_share=job.max_failed_share,
     )
     summary = restore(source, output, model, options, sys.argv)
     page = report.restore_page(summary.rows, summary.record, summary.samples, source.uri, output.uri)
@@ -89,7 +95,10 @@ def main(job: RestoreBucket) -> int:
         print("failures: " + ", ".join(f"{count} {error}" for error, count in summary.errors.items()))
     print(f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images/s")
     print(f"report: {output.join(REPORT_FILE)}")
-    return command_line.TOO_MANY_FAILURES if summary.failed_share > job.max_failed_share else command_line.DONE
+    if summary.stopped:
+        print(f"stopped: {summary.stopped}; mend the cause, then start again with --retry-failed all")
+    failed = summary.stopped or summary.failed_share > job.max_failed_share
+    return command_line.TOO_MANY_FAILURES if failed else command_line.DONE
 
 
 if __name__ == "__main__":

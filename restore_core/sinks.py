@@ -19,14 +19,26 @@ SOFTWARE = "restore_core"
 FLAT_STD, FLAT_PIXELS = 16, 256
 
 
-def encode(row: Row, source: bytes, picture: codec.Picture, restored: Pixels, *, strip_metadata: bool) -> bytes:
+def encode(
+    row: Row,
+    source: bytes,
+    picture: codec.Picture,
+    restored: Pixels,
+    *,
+    strip_metadata: bool,
+    max_change: float | None = None,
+) -> bytes:
     """The restored pixels (uint8 [H, W, 3]) in the source's format; fills in the row's status and change.
 
-    Raises ItemError: `model` where the result is one flat colour though the input was not, `encode`.
+    Raises ItemError: `model` where the result is one flat colour though the input was not, or differs from it by more
+    than `max_change` (mean absolute difference, of 255); `encode`.
     """
     # Tiny or nearly flat pictures may well end in one colour.
     if np.ptp(restored) == 0 and np.std(picture.pixels) > FLAT_STD and picture.width * picture.height >= FLAT_PIXELS:
         raise ItemError("model", "the network returned one flat colour; the original is kept")
+    change = float(np.abs(restored.astype(np.int16) - picture.pixels).mean())
+    if max_change is not None and change > max_change:
+        raise ItemError("model", f"the result differs by {change:.1f} of 255, over --max-change; the original is kept")
     data = codec.encode(
         restored,
         source,
@@ -35,7 +47,7 @@ def encode(row: Row, source: bytes, picture: codec.Picture, restored: Pixels, *,
         strip_metadata=strip_metadata,
     )
     row.status = "restored"
-    row.change = float(np.abs(restored.astype(np.int16) - picture.pixels).mean())
+    row.change = change
     return data
 
 

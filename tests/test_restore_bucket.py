@@ -378,6 +378,47 @@ def test_too_many_failures_are_exit_code_1(tree: tuple[Path, Path], tmp_path: Pa
     assert record["already_done"] == len(TREE) and record["statuses"]["failed"] == len(BROKEN)
 
 
+def test_a_hopeless_run_is_stopped_with_a_verdict(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from restore_core.pipelines import restoration
+
+    monkeypatch.setattr(restoration, "VERDICT_ROWS", 8)
+    files = {f"{index:02}.jpg": b"?" if index < 30 else GOOD["a/tiny.jpg"] for index in range(40)}
+    source, output = write_tree(tmp_path / "in", files), tmp_path / "out"
+    assert run(source, output, batch_size=2, max_failed_share=0.6) == 1
+    record = json.loads((output / "_restore/run.json").read_text())
+    rows = ledger_of(output)
+    assert 8 <= len(rows) < 40
+    assert record["statuses"] == {"failed": len(rows)}
+    verdict = f"{len(rows)} of the first {len(rows)} objects failed, more than --max-failed-share 0.6; {40 - len(rows)}"
+    assert record["stopped"].startswith(verdict)
+    assert f"stopped: {verdict}" in capsys.readouterr().out
+    assert "stopped: " in (output / "_restore/report.html").read_text()
+
+    assert run(source, output, batch_size=2, max_failed_share=1) == 0  # not again what has failed already
+    assert {row.attempt for row in assert_closed(output, set(files)).values()} == {1}
+    assert json.loads((output / "_restore/run.json").read_text())["stopped"] is None
+
+
+def test_what_would_change_too_much_is_not_written(tmp_path: Path, run: Run) -> None:
+    keys = ("a/face.jpg", "large.png", "alpha.png")
+    source, output = write_tree(tmp_path / "in", {key: GOOD[key] for key in keys}), tmp_path / "out"
+    assert run(source, output) == 0
+    changes = {key: row.change for key, row in ledger_of(output).items() if row.change is not None}
+    limit = sorted(changes.values())[0]
+    assert 0 < limit < max(changes.values())
+    shutil.rmtree(output)
+    assert run(source, output, max_change=limit, max_failed_share=1) == 0
+    rows = assert_closed(output, set(keys))
+    kept = {key for key, change in changes.items() if change > limit}
+    assert {key for key, row in rows.items() if row.status == "failed"} == kept
+    for key in kept:
+        assert rows[key].error == "model" and "over --max-change; the original is kept" in str(rows[key].message)
+    assert run(source, output) == 0  # another option, so all of it is done again
+    assert {row.status for row in assert_closed(output, set(keys)).values()} == {"restored"}
+
+
 def test_undamaged_photographs_are_copied_byte_for_byte(tmp_path: Path, run: Run) -> None:
     """By a network that changes nothing: the tail is zero but for a gate that says all pixels survived."""
     import torch
@@ -752,6 +793,7 @@ def test_options_that_make_no_sense_are_refused(command: Callable[..., str]) -> 
     assert "--workers many: use auto or a number" in command(workers="many")
     assert "--workers 0: use auto or a number" in command(workers=0)
     assert "--max-failed-share 2.0: use a share" in command(max_failed_share=2)
+    assert "--max-change 256.0: use a number" in command(max_change=256)
     assert "--max-megapixels 0.0: use a number from 0" in command(max_megapixels=0)
     assert "--max-megapixels inf: use a number from 0" in command(max_megapixels="inf")
     refused(command(no_such_option=1), "--no-such-option")

@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 FLUSH_ROWS, FLUSH_SECONDS = 2000, 10.0
 """The ledger is written down after so many rows or seconds: what a killed driver has to do again."""
 PROGRESS_SECONDS = 5.0
+VERDICT_ROWS = 1000
+"""So many have to be done before a run is stopped because too many fail, as S3 Batch Operations does."""
 IO_THREADS = 8
 """Objects fetched, decoded, encoded and written at once in each actor."""
 LEASE_FILE = f"{manifest.FOLDER}/lease.json"
@@ -68,7 +70,15 @@ class RestoreOptions:
     strip_metadata: bool = False
     repair: tuple[Kind, ...] = KINDS
     self_ensemble: bool = False
+    max_change: float | None = None
+    """Results that differ more from the input are not written: mean absolute difference, of 255."""
     retry: Retry = NO_RETRY
+    max_failed_share: float = 1.0
+    """When more of the objects of this run have failed, it is stopped, but not before `VERDICT_ROWS` are done."""
+
+
+class _TooManyFailures(Exception):
+    pass
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,8 @@ class Summary:
     """The ledger's rows of everything listed."""
     record: dict[str, Any]
     """What run.json holds."""
+    stopped: str | None
+    """Why it ended before all was done; those left out have no row yet, or an old one."""
     samples: list[tuple[Row, bytes, bytes]]
     """Some restored photographs: row, input file, output file."""
 
@@ -93,7 +105,7 @@ class Summary:
 
     @property
     def images_per_second(self) -> float:
-        return (self.listed - self.already_done) / max(1e-9, self.seconds)
+        return float(self.record["images_per_second"])
 
 
 # --- In the actors -------------------------------------------------------------------------------------------------
@@ -229,7 +241,10 @@ def _restore(
 ) -> Summary:
     """The same for what has been listed, while nobody else writes there."""
     ledger = Ledger(output, run_id)
-    identity = manifest.options_hash({name: getattr(options, name) for name in RESULT_OPTIONS})
+    deciding = {name: getattr(options, name) for name in RESULT_OPTIONS}
+    if options.max_change is not None:
+        deciding["max_change"] = options.max_change
+    identity = manifest.options_hash(deciding)
     existing = {item.key for item in output.list()}
     before = ledger.latest()
     work = {
@@ -243,15 +258,20 @@ def _restore(
     }  # fmt: skip
     started = time.perf_counter()
     logger.info("%d objects listed, %d of them left to do", len(objects), len(work))
-    if work:
-        _run(work, groups, input, output, model, options, ledger, lease)
+    stopped = None
+    try:
+        if work:
+            _run(work, groups, input, output, model, options, ledger, lease)
+    except _TooManyFailures as verdict:
+        stopped = str(verdict)
+        logger.info("stopped: %s", stopped)
     lease.check()
     merged = ledger.merge()
     if groups is not None:
         _remove_outdated(output, before, merged, targets={group.output_key for group in groups})
     table = _of_listing(merged, objects)
     seconds = time.perf_counter() - started
-    assert len(table) == len(objects), "the ledger does not close: a bug"
+    assert stopped or len(table) == len(objects), "the ledger does not close: a bug"
     statuses, errors = manifest.counts(table, "status"), manifest.counts(table, "error")
     record = {
         "run_id": run_id,
@@ -264,8 +284,9 @@ def _restore(
         "already_done": len(objects) - len(work),
         "statuses": statuses,
         "errors": errors,
+        "stopped": stopped,
         "seconds": round(seconds, 3),
-        "images_per_second": round(len(work) / max(1e-9, seconds), 3),
+        "images_per_second": round(table["run_id"].to_pylist().count(run_id) / max(1e-9, seconds), 3),
     }
     output.write(RUN_FILE, json.dumps(record, indent=2).encode())
     return Summary(
@@ -276,6 +297,7 @@ def _restore(
         seconds=seconds,
         rows=table,
         record=record,
+        stopped=stopped,
         samples=_samples(table, input, output, groups),
     )
 
@@ -312,8 +334,9 @@ def _run(
         strip_metadata=options.strip_metadata,
         repair=options.repair,
         self_ensemble=options.self_ensemble,
+        max_change=options.max_change,
     )
-    account = _Account(ledger, lease, total=len(work))
+    account = _Account(ledger, lease, total=len(work), max_failed_share=options.max_failed_share)
     context = ray.data.DataContext.get_current()
     allowed, context.max_errored_blocks = context.max_errored_blocks, -1
     try:
@@ -366,11 +389,12 @@ def _row_of(item: Object, work: dict[str, Row], missing: dict[str, Row]) -> Row:
 class _Account:
     """Rows as they come from the actors: into the ledger in time, onto the terminal in short."""
 
-    def __init__(self, ledger: Ledger, lease: Lease, total: int) -> None:
+    def __init__(self, ledger: Ledger, lease: Lease, total: int, max_failed_share: float) -> None:
         self.done: set[str] = set()
         self._lease = lease
         self._ledger = ledger
         self._total = total
+        self._max_failed_share = max_failed_share
         self._failed = 0
         self._waiting: list[Row] = []
         self._started = self._flushed = self._shown = time.monotonic()
@@ -395,6 +419,11 @@ class _Account:
                 "%d of %d done, %d failed, %.1f images/s, about %.0f s left",
                 len(self.done), self._total, self._failed, rate, left,
             )  # fmt: skip
+        if len(self.done) >= VERDICT_ROWS and self._failed > self._max_failed_share * len(self.done):
+            raise _TooManyFailures(
+                f"{self._failed} of the first {len(self.done)} objects failed, more than --max-failed-share "
+                f"{self._max_failed_share:g}; {self._total - len(self.done)} were left alone"
+            )
 
     def flush(self) -> None:
         if self._waiting:

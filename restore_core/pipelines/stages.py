@@ -48,6 +48,8 @@ class RestoreRun:
     """Kinds of damage to repair."""
     self_ensemble: bool = False
     """Average over the image and its mirror image."""
+    max_change: float | None = None
+    """Results that differ more from the input are not written: mean absolute difference, of 255."""
 
     def restorer(self) -> Restorer:
         return Restorer(self.model, self.device, repair=self.repair, self_ensemble=self.self_ensemble)
@@ -135,7 +137,10 @@ def encode(item: Item, run: RestoreRun) -> bytes | None:
         if item.restored is None:
             item.row.status, item.row.change = "unchanged", 0.0
             return codec.without_metadata(item.source, picture=item.picture) if run.strip_metadata else item.source
-        return sinks.encode(item.row, item.source, item.picture, item.restored, strip_metadata=run.strip_metadata)
+        return sinks.encode(
+            item.row, item.source, item.picture, item.restored,
+            strip_metadata=run.strip_metadata, max_change=run.max_change,
+        )  # fmt: skip
     return None
 
 

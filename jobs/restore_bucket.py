@@ -95,6 +95,9 @@ def main(job: RestoreBucket) -> int:
         print("failures: " + ", ".join(f"{count} {error}" for error, count in summary.errors.items()))
     print(f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images/s")
     print(f"report: {output.join(REPORT_FILE)}")
+    if summary.interrupted:
+        print(f"stopped: {summary.stopped}")
+        return command_line.INTERRUPTED
     if summary.stopped:
         print(f"stopped: {summary.stopped}; mend the cause, then start again with --retry-failed all")
     failed = summary.stopped or summary.failed_share > job.max_failed_share

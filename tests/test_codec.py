@@ -215,8 +215,8 @@ RGB = Image.new("RGB", (4, 4))
         (file_of(RGB.convert("CMYK"), "TIFF"), "TIFF with CMYK"),
         (file_of(RGB.convert("1"), "PNG"), "PNG with 1-bit"),
         (file_of(RGB.convert("LAB"), "TIFF"), "TIFF with LAB"),
-        (file_of(GREY16, "PNG"), "PNG with 16 bits a channel"),
-        (file_of(GREY16, "TIFF"), "TIFF with 16 bits a channel"),
+        (file_of(GREY16, "PNG", transparency=7), "PNG with one colour marked as transparent"),
+        (file_of(GREY16, "JPEG2000"), "JPEG2000 files are not restored"),
         (file_of(Image.new("F", (4, 4)), "TIFF"), "TIFF with floating point"),
         (png_header(4, 4, 16, 2), "PNG with 16 bits a channel"),
         (png_header(4, 4, 16, 6), "PNG with 16 bits a channel"),
@@ -243,6 +243,63 @@ def test_what_cannot_be_kept_whole_is_refused_by_name(data: bytes, reason: str) 
 def test_one_picture_in_a_mpo_or_apng_or_tiff_is_a_picture() -> None:
     assert decode(file_of(RGB, "MPO")).format == "JPEG"
     assert decode(file_of(RGB, "PNG", save_all=True)).format == "PNG"
+
+
+# --- 16-bit grey -----------------------------------------------------------------------------------------------------
+
+
+def deep_values(height: int = 11, width: int = 7, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 65_536, (height, width), np.uint16)
+
+
+def deep_file(name: str, **options: object) -> bytes:
+    values = deep_values()
+    if name == "PNG":
+        return file_of(Image.fromarray(values), "PNG", **options)
+    return file_of(Image.fromarray(values.astype(">u2" if name == "TIFF big-endian" else "<u2")), "TIFF", **options)
+
+
+DEEP = pytest.mark.parametrize("name", ["PNG", "TIFF", "TIFF big-endian"])
+
+
+@DEEP
+def test_16_bit_grey_is_seen_as_the_nearest_8_bits(name: str) -> None:
+    picture = decode(deep_file(name))
+    assert (picture.mode, picture.gray) == ("I;16B" if name == "TIFF big-endian" else "I;16", True)
+    expected = np.round(deep_values() / 257).astype(np.uint8)
+    assert np.array_equal(picture.pixels, np.repeat(expected[:, :, None], 3, axis=2))
+    assert picture.deep is not None and np.array_equal(picture.deep, deep_values())
+
+
+@DEEP
+def test_16_bit_grey_keeps_all_bits_where_nothing_changes(name: str) -> None:
+    source = deep_file(name)
+    picture = decode(source)
+    pixels = picture.pixels.copy()
+    pixels[2:5, 1:4] = 200
+    after = opened(restored(source, pixels))
+    assert np.asarray(after).dtype.itemsize == 2
+    values = np.asarray(after).astype(np.int64)
+    same = np.ones(values.shape, bool)
+    same[2:5, 1:4] = False
+    assert np.array_equal(values[same], deep_values()[same])
+    assert np.abs(values[~same] - 200 * 257).max() <= 128
+    assert np.array_equal(np.asarray(opened(restored(source, picture.pixels))), deep_values())
+    assert np.array_equal(np.asarray(opened(without_metadata(source, picture=picture))), deep_values())
+    assert decode(restored(source, pixels)).format == name.split()[0]
+
+
+def test_16_bit_grey_does_not_run_over() -> None:
+    values = np.array([[0, 65_535, 100, 65_400, 130]], np.uint16)
+    source = file_of(Image.fromarray(values), "PNG")
+    result = np.asarray(opened(restored(source))).astype(np.int64)  # inverted at 8 bits
+    assert np.abs(result - 257 * np.array([[255, 0, 255, 1, 254]])).max() <= 128
+
+
+def test_16_bit_grey_keeps_its_metadata() -> None:
+    source = file_of(Image.fromarray(deep_values()), "PNG", icc_profile=ICC, dpi=(300, 300))
+    after = opened(restored(source))
+    assert after.info["icc_profile"] == ICC and after.info["dpi"] == pytest.approx((300, 300), abs=0.1)
 
 
 # --- Metadata --------------------------------------------------------------------------------------------------------

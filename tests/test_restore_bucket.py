@@ -67,6 +67,7 @@ GOOD = {
     "grey.jpg": encoded(photograph(48, 48, 5, "L")),
     "alpha.png": encoded(photograph(40, 52, 6, "RGBA"), "PNG"),
     "photo.tif": encoded(photograph(30, 20, 7), "TIFF"),
+    "sixteen bit.png": encoded(Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20, 20) * 163), "PNG"),
     "old.bmp": encoded(photograph(30, 20, 8), "BMP"),
     "a png in truth.jpg": encoded(photograph(9, 9, 9), "PNG"),
     "no extension": encoded(photograph(9, 9, 10)),
@@ -94,8 +95,8 @@ BROKEN = {
     "broken/animated.gif": (
         encoded(photograph(8, 8), "GIF", save_all=True, append_images=[photograph(8, 8, 1)]), "unsupported",
     ),
-    "broken/sixteen bit.png": (
-        encoded(Image.fromarray(np.full((8, 8), 40_000, np.uint16)), "PNG"), "unsupported",
+    "broken/sixteen bit.jp2": (
+        encoded(Image.fromarray(np.full((8, 8), 40_000, np.uint16)), "JPEG2000"), "unsupported",
     ),
     "_restore": (GOOD["a/tiny.jpg"], "write"),  # the name of the ledger's folder
     "broken/over budget.png": (encoded(Image.new("RGB", (400, 300)), "PNG"), "too_large"),
@@ -179,7 +180,7 @@ def test_a_photograph_keeps_name_format_size_and_mode(tree: tuple[Path, Path], k
     assert (row.format, row.mode, row.width, row.height) == (before.format, before.mode, *before.size)
     assert row.change is not None and row.change > 0
     assert row.sigma is not None and row.flips is not None and row.patches is not None
-    assert (row.gray is None) == (before.mode in ("L", "LA"))  # a grey file has no colour to lose
+    assert (row.gray is None) == (before.mode in ("L", "LA", "I;16"))  # a grey file has no colour to lose
 
 
 @pytest.mark.parametrize("key", BROKEN)
@@ -269,7 +270,7 @@ def test_separate_processes_give_the_same_bytes(tree: tuple[Path, Path], tmp_pat
         assert row.sigma is None or row.sigma == pytest.approx(other.sigma, rel=1e-4)
 
 
-@pytest.mark.parametrize("key", ["alpha.png", "grey.jpg", "turned"])
+@pytest.mark.parametrize("key", ["alpha.png", "grey.jpg", "sixteen bit.png", "turned"])
 def test_nothing_is_lost_between_processes(key: str) -> None:
     from restore_core.pipelines import stages
 
@@ -695,6 +696,32 @@ def test_of_two_drivers_on_one_output_exactly_one_works(
     assert not lease.exists()
     rows = assert_closed(tmp_path, set(uninterrupted))
     assert {row.status for row in rows.values()} == {"restored"}
+    assert files_of(tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_driver_that_is_asked_to_stop_closes_its_account(
+    tmp_path: Path, run: Run, many: Path, uninterrupted: dict[str, bytes], small_model: Models, how: signal.Signals
+) -> None:
+    process = start("--input", many, "--output", tmp_path, "--model", small_model(1), "--batch-size", 4)
+    try:
+        wait_for(lambda: process.poll() is not None or len(list(tmp_path.glob("*.jpg"))) >= 8)
+        process.send_signal(how)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == command_line.INTERRUPTED, err
+    assert "stopped: interrupted; the same command goes on from here\n" in out
+    assert "Traceback" not in err
+    assert not (tmp_path / "_restore/lease.json").exists()
+    record = json.loads((tmp_path / "_restore/run.json").read_text())
+    rows = ledger_of(tmp_path)
+    assert record["stopped"] and record["statuses"] == {"restored": len(rows)} and 4 <= len(rows) < 60
+    assert "stopped: interrupted" in (tmp_path / "_restore/report.html").read_text()
+    # at most what each worker had in hand is without a row
+    assert len(files_of(tmp_path)) - len(rows) <= 4 * (os.cpu_count() or 1) * 2
+    assert run(many, tmp_path, batch_size=4, workers="2") == 0
+    assert assert_closed(tmp_path, set(uninterrupted)).keys() >= rows.keys()
     assert files_of(tmp_path) == uninterrupted
 
 

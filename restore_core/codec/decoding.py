@@ -28,7 +28,13 @@ BROKEN_FILE = (
     OverflowError, ZeroDivisionError, RuntimeError, SystemError, struct.error, zlib.error,
 )  # fmt: skip
 
+GRAY_MODES = ("L", "LA", "I;16", "I;16B")
+"""Modes without colour channels."""
+DEEP_MODES = ("I;16", "I;16B")
+"""Modes of 16 bits a channel, little- and big-endian."""
+
 Pixels = npt.NDArray[np.uint8]
+DeepPixels = npt.NDArray[np.uint16]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +46,7 @@ class Picture:
     format: str
     """One of `RESTORED`."""
     mode: str
-    """As stored: L, LA, RGB or RGBA."""
+    """As stored: L, LA, RGB, RGBA, I;16 or I;16B."""
     width: int
     height: int
     alpha: Pixels | None
@@ -49,6 +55,8 @@ class Picture:
     """The file has no colour channels."""
     orientation: int | None = None
     """The EXIF orientation as stored, 1 to 8; None where the file says nothing valid."""
+    deep: DeepPixels | None = None
+    """uint16 [H, W] of a grey file with 16 bits a channel, whose nearest 8-bit values are `pixels`; else None."""
 
 
 def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Picture:
@@ -73,9 +81,13 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Picture:
         undo = _UNDO_TRANSPOSE.get(turned or 1)
         stored: Image.Image = image if undo is None else image.transpose(undo)
         bands = np.array(stored)  # a copy: views of Pillow's memory are read-only
+    deep = None
+    if image.mode in DEEP_MODES:
+        deep = bands.astype(np.uint16)  # in this machine's byte order
+        bands = ((deep.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if bands.ndim == 2:
         bands = bands[:, :, np.newaxis]
-    gray, has_alpha = image.mode in ("L", "LA"), image.mode in ("LA", "RGBA")
+    gray, has_alpha = image.mode in GRAY_MODES, image.mode in ("LA", "RGBA")
     return Picture(
         pixels=np.repeat(bands[:, :, :1], 3, axis=2) if gray else np.ascontiguousarray(bands[:, :, :3]),
         format=image.format or "",
@@ -85,6 +97,7 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Picture:
         alpha=np.ascontiguousarray(bands[:, :, -1]) if has_alpha else None,
         gray=gray,
         orientation=_valid(turned) or _orientation(image),
+        deep=deep,
     )
 
 
@@ -165,14 +178,15 @@ def _unsupported(image: ImageFile.ImageFile, data: bytes, frames: int) -> str | 
         return f"{image.format} with {frames} frames or pages; split it into single pictures first"
     if image.format not in RESTORED:
         return f"{image.format} files are not restored; convert to PNG or TIFF first"
-    if image.mode not in ("L", "LA", "RGB", "RGBA"):
+    deep = image.mode in DEEP_MODES and image.format in ("PNG", "TIFF")
+    if image.mode not in ("L", "LA", "RGB", "RGBA") and not deep:
         return f"{image.format} with {_MODE_NAMES.get(image.mode, image.mode)}; {convert}"
     if isinstance(image.info.get("transparency"), (bytes, int, tuple)):  # a text of that name is only a text
         return f"{image.format} with one colour marked as transparent; convert it to an alpha channel first"
     xmp = image.info.get("xmp")
     if isinstance(xmp, bytes) and b"hdrgm:Version" in xmp:
         return "JPEG with an HDR gain map (Ultra HDR); save it as a plain JPEG first"
-    if image.format == "PNG" and data[24] != 8:  # Pillow silently makes 8 bits of 16, 4 and 2
+    if image.format == "PNG" and data[24] != (16 if deep else 8):  # Pillow silently makes 8 bits of 16, 4 and 2
         return f"PNG with {data[24]} bits a channel; {convert}"
     if image.format == "BMP":
         depth = int.from_bytes(data[24:26] if data[14] == 12 else data[28:30], "little")
@@ -182,8 +196,8 @@ def _unsupported(image: ImageFile.ImageFile, data: bytes, frames: int) -> str | 
         tags = image.tag_v2
         if data[2:4] not in (b"*\0", b"\0*"):
             return "BigTIFF; convert it to plain TIFF first"
-        if set(_as_tuple(tags.get(258, 1))) != {8} or set(_as_tuple(tags.get(339, 1))) != {1}:
-            return f"TIFF that is not of 8-bit unsigned numbers; {convert}"
+        if set(_as_tuple(tags.get(258, 1))) != {16 if deep else 8} or set(_as_tuple(tags.get(339, 1))) != {1}:
+            return f"TIFF that is not of 8-bit (or grey and 16-bit) unsigned numbers; {convert}"
         if tags.get(277, 1) != len(image.getbands()) or 1 in _as_tuple(tags.get(338, ())):
             return f"TIFF with extra channels or premultiplied alpha; {convert}"
         for tag, what in ((330, "sub-images (camera raw or pyramid)"), (50706, "DNG"), (37724, "Photoshop layers")):

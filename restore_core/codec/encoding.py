@@ -11,7 +11,7 @@ from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 from PIL.TiffImagePlugin import TiffImageFile
 
 from restore_core import exif
-from restore_core.codec.decoding import BROKEN_FILE, Picture, Pixels, one_line, open_header
+from restore_core.codec.decoding import BROKEN_FILE, DeepPixels, Picture, Pixels, one_line, open_header
 from restore_core.errors import ItemError
 
 
@@ -19,7 +19,8 @@ def encode(pixels: Pixels, source: bytes, *, picture: Picture, software: str, st
     """Encode restored pixels as the file they came from: same format, size, mode and alpha, no coarser compression.
 
     Args:
-        pixels: uint8 [H, W, 3], RGB, 0..255, of `picture`'s size. Grey files get their ITU-R 601 luma.
+        pixels: uint8 [H, W, 3], RGB, 0..255, of `picture`'s size. Grey files get their ITU-R 601 luma, those of 16 bits
+            the difference that it makes.
         source: the file that `picture` was decoded from; metadata and compression settings are taken from it.
         software: written to the EXIF tag Software. BMP has no place for it.
         strip_metadata: drop EXIF, XMP, IPTC and texts; the ICC profile stays, and so does an orientation that is not 1.
@@ -31,6 +32,8 @@ def encode(pixels: Pixels, source: bytes, *, picture: Picture, software: str, st
     image = Image.fromarray(np.ascontiguousarray(pixels))
     if picture.gray:
         image = image.convert("L")
+    if picture.deep is not None:
+        image = Image.fromarray(_deepened(np.asarray(image), picture.deep, picture.pixels))
     if picture.alpha is not None:
         image.putalpha(Image.fromarray(picture.alpha))
     original = open_header(source)
@@ -54,6 +57,12 @@ def encode(pixels: Pixels, source: bytes, *, picture: Picture, software: str, st
         raise ItemError(
             "encode", one_line(f"cannot write as {original.format}: {error or type(error).__name__}")
         ) from error
+
+
+def _deepened(gray: Pixels, deep: DeepPixels, pixels: Pixels) -> DeepPixels:
+    """What was restored at 8 bits, as a correction of the 16-bit values: where nothing changed, all bits stay."""
+    correction = gray.astype(np.int32) - pixels[:, :, 0]
+    return np.clip(deep + 257 * correction, 0, 65_535).astype(np.uint16)
 
 
 def without_metadata(source: bytes, *, picture: Picture) -> bytes:

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import signal
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -40,8 +42,14 @@ def connect(*, dashboard: bool = False, env_vars: Mapping[str, str] = MappingPro
     `env_vars` are set in every worker process of this job.
     """
     quiet_data()
-    if ray.is_initialized():
-        return
+    if not ray.is_initialized():
+        _init(dashboard, env_vars)
+        if threading.current_thread() is threading.main_thread():
+            # As from `ray job stop`: like Ctrl-C, so that what is done is written down. Ray's own handler ends at once.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _init(dashboard: bool, env_vars: Mapping[str, str]) -> None:
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     if job or os.environ.get("RAY_ADDRESS"):
         carried = (job.get("runtime_env") or {}).get("working_dir")  # set twice, Ray refuses

@@ -55,6 +55,7 @@ SAMPLES, SAMPLE_PIXELS = 12, 2**24
 """Of the report: how many photographs it shows, and how large one may be for it."""
 LOST_ROW = "working on it failed twice, the second time on this object alone: a crash, or an error in the log above"
 LOST_ROW_GROUP = "working on its row group failed twice: one of the images there crashes, or see the log above"
+INTERRUPTED = "interrupted; the same command goes on from here"
 NO_RETRY = Retry()
 RESULT_OPTIONS = ("strip_metadata", "repair", "self_ensemble")
 """Options that decide what a restored file looks like; with another value it is done again."""
@@ -96,6 +97,8 @@ class Summary:
     """What run.json holds."""
     stopped: str | None
     """Why it ended before all was done; those left out have no row yet, or an old one."""
+    interrupted: bool
+    """Whether that was a signal: Ctrl-C, or SIGTERM as from `ray job stop`."""
     samples: list[tuple[Row, bytes, bytes]]
     """Some restored photographs: row, input file, output file."""
 
@@ -258,12 +261,15 @@ def _restore(
     }  # fmt: skip
     started = time.perf_counter()
     logger.info("%d objects listed, %d of them left to do", len(objects), len(work))
-    stopped = None
+    stopped, interrupted = None, False
     try:
         if work:
             _run(work, groups, input, output, model, options, ledger, lease)
     except _TooManyFailures as verdict:
         stopped = str(verdict)
+    except KeyboardInterrupt:
+        stopped, interrupted = INTERRUPTED, True
+    if stopped:
         logger.info("stopped: %s", stopped)
     lease.check()
     merged = ledger.merge()
@@ -298,6 +304,7 @@ def _restore(
         rows=table,
         record=record,
         stopped=stopped,
+        interrupted=interrupted,
         samples=_samples(table, input, output, groups),
     )
 

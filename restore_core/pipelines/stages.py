@@ -218,6 +218,7 @@ ITEM_SCHEMA = pa.schema(
         pa.field("source", pa.large_binary()),
         pa.field("pixels", pa.large_binary()),
         pa.field("alpha", pa.large_binary()),
+        pa.field("deep", pa.large_binary()),
         pa.field("restored", pa.large_binary()),
     ]
 )
@@ -234,6 +235,7 @@ def items_to_table(items: list[Item]) -> pa.Table:
         "source": column([item.source for item in items]),
         "pixels": column([None if p is None else p.pixels.tobytes() for p in pictures]),
         "alpha": column([None if p is None or p.alpha is None else p.alpha.tobytes() for p in pictures]),
+        "deep": column([None if p is None or p.deep is None else p.deep.tobytes() for p in pictures]),
         "restored": column([None if item.restored is None else item.restored.tobytes() for item in items]),
     }
     for name, values in columns.items():
@@ -243,9 +245,9 @@ def items_to_table(items: list[Item]) -> pa.Table:
 
 def items_of_table(table: pa.Table) -> list[Item]:
     rows = manifest.rows_of(table.select(manifest.SCHEMA.names))
-    columns = (table[name].to_pylist() for name in ("source", "pixels", "alpha", "restored"))
+    columns = (table[name].to_pylist() for name in ("source", "pixels", "alpha", "deep", "restored"))
     items = []
-    for row, source, pixels, alpha, restored in zip(rows, *columns, strict=True):
+    for row, source, pixels, alpha, deep, restored in zip(rows, *columns, strict=True):
         item = Item(row, source)
         if pixels is not None:
             assert row.height and row.width and row.format and row.mode
@@ -257,8 +259,9 @@ def items_of_table(table: pa.Table) -> list[Item]:
                 width=row.width,
                 height=row.height,
                 alpha=None if alpha is None else np.frombuffer(alpha, np.uint8).reshape(size),
-                gray=row.mode in ("L", "LA"),
+                gray=row.mode in codec.GRAY_MODES,
                 orientation=row.orientation,
+                deep=None if deep is None else np.frombuffer(deep, np.uint16).reshape(size),
             )
             if restored is not None:
                 item.restored = np.frombuffer(restored, np.uint8).reshape(*size, 3)

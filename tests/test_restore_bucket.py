@@ -647,6 +647,35 @@ def test_an_object_that_kills_its_worker_costs_only_itself(
     assert failed[0].message == restoration.LOST_ROW
 
 
+def test_a_decoder_that_hangs_costs_only_its_object(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from restore_core.pipelines import restoration
+
+    class Hanging:
+        def __init__(self, *arguments: Any) -> None:
+            from restore_core import codec  # in the worker, where nothing is patched
+            from restore_core.pipelines import stages
+            from restore_core.pipelines.restoration import RestoreUnit
+
+            decode = codec.decode
+
+            def hang(data: bytes, **options: Any) -> Any:
+                return threading.Event().wait() if data == b"hang" else decode(data, **options)
+
+            codec.decode, stages.STAGE_SECONDS = hang, 5  # type: ignore[assignment]
+            self.restore = RestoreUnit(*arguments)
+
+        def __call__(self, unit: pa.Table) -> pa.Table:
+            return self.restore(unit)
+
+    monkeypatch.setattr(restoration, "RestoreUnit", Hanging)
+    files = {f"{index}.jpg": GOOD["a/tiny.jpg"] for index in range(5)} | {"hang.jpg": b"hang"}
+    source = write_tree(tmp_path / "in", files)
+    assert run(source, tmp_path / "out", batch_size=3) == 0
+    rows = assert_closed(tmp_path / "out", set(files))
+    failed = [(row.key, row.error, row.message) for row in rows.values() if row.status == "failed"]
+    assert failed == [("hang.jpg", "decode", restoration.LOST_ROW)]
+
+
 def start(*arguments: object, **environment: str) -> "subprocess.Popen[str]":
     """The command as a user gives it, with a Ray of its own."""
     return subprocess.Popen(

@@ -53,8 +53,8 @@ LEASE_FILE = f"{manifest.FOLDER}/lease.json"
 RUN_FILE = f"{manifest.FOLDER}/run.json"
 SAMPLES, SAMPLE_PIXELS = 12, 2**24
 """Of the report: how many photographs it shows, and how large one may be for it."""
-LOST_ROW = "working on it failed twice, the second time on this object alone: a crash, or an error in the log above"
-LOST_ROW_GROUP = "working on its row group failed twice: one of the images there crashes, or see the log above"
+LOST_ROW = "working on it failed twice, the second time on this object alone: a crash, a hang, or see the log above"
+LOST_ROW_GROUP = "working on its row group failed twice: one of the images there crashes or hangs, or see the log above"
 INTERRUPTED = "interrupted; the same command goes on from here"
 NO_RETRY = Retry()
 RESULT_OPTIONS = ("strip_metadata", "repair", "self_ensemble")

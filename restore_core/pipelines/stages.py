@@ -3,6 +3,7 @@
 Every expected failure ends in the object's row and goes no further; anything else is a bug and is not caught.
 """
 
+import faulthandler
 import hashlib
 import socket
 import time
@@ -29,6 +30,9 @@ from restore_core.storage import Storage
 
 Pixels = npt.NDArray[np.uint8]
 Result = TypeVar("Result")
+
+STAGE_SECONDS = 900
+"""Longer than a unit's files may take to be fetched and decoded, or encoded and written, retries included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,8 +210,16 @@ def restore_row_group(
 
 
 def each(pool: Executor, function: Callable[[Item], Result], items: list[Item]) -> list[Result]:
-    """Call `function` on all items at once: Pillow and the network release the interpreter."""
-    return list(pool.map(function, items))
+    """Call `function` on all items at once: Pillow and the network release the interpreter.
+
+    A decoder that hangs cannot be stopped from within, so after `STAGE_SECONDS` the process shows where it is and ends;
+    Ray starts another, and the item is found out as one that crashes is.
+    """
+    faulthandler.dump_traceback_later(STAGE_SECONDS, exit=True)
+    try:
+        return list(pool.map(function, items))
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 # --- Between processes ---------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -684,15 +685,23 @@ def start(*arguments: object, **environment: str) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
-def test_a_driver_that_is_killed_goes_on_where_it_was(
-    tmp_path: Path, run: Run, many: Path, uninterrupted: dict[str, bytes], small_model: Models
-) -> None:
-    process = start("--input", many, "--output", tmp_path, "--model", small_model(1), "--batch-size", 4)
+@contextmanager
+def halfway(source: Path, output: Path, model: Path, written: int) -> Iterator["subprocess.Popen[str]"]:
+    """The job at work, with at least so many files written; gone at the end."""
+    process = start("--input", source, "--output", output, "--model", model, "--batch-size", 4)
     try:
-        wait_for(lambda: process.poll() is not None or len(list(tmp_path.glob("*.jpg"))) >= 8)
+        wait_for(lambda: process.poll() is not None or len(list(output.glob("*.jpg"))) >= written)
+        yield process
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_driver_that_is_killed_goes_on_where_it_was(
+    tmp_path: Path, run: Run, many: Path, uninterrupted: dict[str, bytes], small_model: Models
+) -> None:
+    with halfway(many, tmp_path, small_model(1), written=8):
+        pass
     done = len(list(tmp_path.glob("*.jpg")))
     assert 8 <= done < 60, "it was not in the middle"
     assert run(many, tmp_path, batch_size=4, workers="2") == 0
@@ -705,9 +714,7 @@ def test_of_two_drivers_on_one_output_exactly_one_works(
     tmp_path: Path, run: Run, many: Path, uninterrupted: dict[str, bytes], small_model: Models
 ) -> None:
     lease = tmp_path / "_restore/lease.json"
-    process = start("--input", many, "--output", tmp_path, "--model", small_model(1), "--batch-size", 4)
-    try:
-        wait_for(lambda: process.poll() is not None or len(list(tmp_path.glob("*.jpg"))) >= 4)
+    with halfway(many, tmp_path, small_model(1), written=4) as process:
         with pytest.raises(UsageError, match=f"another restore is at work there .*process {process.pid}, since"):
             run(many, tmp_path, batch_size=4)
         process.send_signal(signal.SIGSTOP)  # it lives, but cannot renew: the lease expires, and another takes it over
@@ -718,9 +725,6 @@ def test_of_two_drivers_on_one_output_exactly_one_works(
         _, err = process.communicate(timeout=120)
         # It learns so when it next renews; if it is done before that, it has written the same bytes and rows.
         assert process.returncode in (0, 2), err
-    finally:
-        process.kill()
-        process.communicate()
     assert run(many, tmp_path, batch_size=4) == 0
     assert not lease.exists()
     rows = assert_closed(tmp_path, set(uninterrupted))
@@ -732,24 +736,20 @@ def test_a_driver_that_is_asked_to_stop_closes_its_account(
     tmp_path: Path, run: Run, many: Path, uninterrupted: dict[str, bytes], small_model: Models
 ) -> None:
     """By SIGTERM; Ctrl-C takes the same way, but is ignored by whatever a shell has started in the background."""
-    process = start("--input", many, "--output", tmp_path, "--model", small_model(1), "--batch-size", 4)
-    try:
-        wait_for(lambda: process.poll() is not None or len(list(tmp_path.glob("*.jpg"))) >= 16)
+    # so many that units must have come back to the driver: before the first there would be no row
+    with halfway(many, tmp_path, small_model(1), written=24) as process:
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
     assert process.returncode == command_line.INTERRUPTED, err
     assert "stopped: interrupted; the same command goes on from here\n" in out
     assert "Traceback" not in err
     assert not (tmp_path / "_restore/lease.json").exists()
     record = json.loads((tmp_path / "_restore/run.json").read_text())
-    # before the first unit has come back to the driver there is nothing to write down
-    rows = ledger_of(tmp_path) if list(tmp_path.glob("_restore/manifest/*.parquet")) else {}
-    assert record["stopped"] and record["statuses"].get("restored", 0) == len(rows) < 60
+    rows = ledger_of(tmp_path)
+    assert record["stopped"] and record["statuses"] == {"restored": len(rows)} and 4 <= len(rows) < 60
     assert "stopped: interrupted" in (tmp_path / "_restore/report.html").read_text()
     # at most what each worker had in hand is without a row
-    assert len(files_of(tmp_path)) - len(rows) <= 4 * (os.cpu_count() or 1) * 4
+    assert len(files_of(tmp_path)) - len(rows) <= 4 * (os.cpu_count() or 1) * 2
     assert run(many, tmp_path, batch_size=4, workers="2") == 0
     assert assert_closed(tmp_path, set(uninterrupted)).keys() >= rows.keys()
     assert files_of(tmp_path) == uninterrupted

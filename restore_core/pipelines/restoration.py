@@ -97,14 +97,17 @@ class Summary:
     """What run.json holds."""
     stopped: str | None
     """Why it ended before all was done; those left out have no row yet, or an old one."""
-    interrupted: bool
-    """Whether that was a signal: Ctrl-C, or SIGTERM as from `ray job stop`."""
     samples: list[tuple[Row, bytes, bytes]]
     """Some restored photographs: row, input file, output file."""
 
     @property
     def failed_share(self) -> float:
         return self.statuses.get("failed", 0) / max(1, self.listed)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether it was stopped by a signal: Ctrl-C, or SIGTERM as from `ray job stop`."""
+        return self.stopped == INTERRUPTED
 
     @property
     def images_per_second(self) -> float:
@@ -261,14 +264,14 @@ def _restore(
     }  # fmt: skip
     started = time.perf_counter()
     logger.info("%d objects listed, %d of them left to do", len(objects), len(work))
-    stopped, interrupted = None, False
+    stopped = None
     try:
         if work:
             _run(work, groups, input, output, model, options, ledger, lease)
     except _TooManyFailures as verdict:
         stopped = str(verdict)
     except KeyboardInterrupt:
-        stopped, interrupted = INTERRUPTED, True
+        stopped = INTERRUPTED
     if stopped:
         logger.info("stopped: %s", stopped)
     lease.check()
@@ -304,7 +307,6 @@ def _restore(
         rows=table,
         record=record,
         stopped=stopped,
-        interrupted=interrupted,
         samples=_samples(table, input, output, groups),
     )
 

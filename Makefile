@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo check test test-slow clean
+.PHONY: demo check test test-slow test-faults clean
 
 demo: .venv/installed
 	$(BIN)/python jobs/demo.py
@@ -18,6 +18,9 @@ test: .venv/installed-dev
 
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow
+
+test-faults: .venv/installed-dev
+	$(BIN)/python -m pytest -m faults -n 0
 
 clean:
 	rm -rf .venv demo *.egg-info

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import skimage.data
+from broken_decoders import break_decoders
 from photos import write_tree
 from PIL import Image
 from processes import descendants, wait_for
@@ -648,33 +649,37 @@ def test_an_object_that_kills_its_worker_costs_only_itself(
     assert failed[0].message == restoration.LOST_ROW
 
 
-def test_a_decoder_that_hangs_costs_only_its_object(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_decoders_cost_only_their_objects(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from restore_core.pipelines import restoration
 
-    class Hanging:
+    site = str(break_decoders(tmp_path / "site"))
+
+    class Broken:
+        """In the worker, where nothing is patched."""
+
         def __init__(self, *arguments: Any) -> None:
-            from restore_core import codec  # in the worker, where nothing is patched
-            from restore_core.pipelines import stages
+            from restore_core.codec import child
             from restore_core.pipelines.restoration import RestoreUnit
 
-            decode = codec.decode
-
-            def hang(data: bytes, **options: Any) -> Any:
-                return threading.Event().wait() if data == b"hang" else decode(data, **options)
-
-            codec.decode, stages.STAGE_SECONDS = hang, 5  # type: ignore[assignment]
+            sys.path.insert(0, site)
+            child.SECONDS = 5
             self.restore = RestoreUnit(*arguments)
 
         def __call__(self, unit: pa.Table) -> pa.Table:
-            return self.restore(unit)
+            rows = self.restore(unit)
+            pid = str(os.getpid())  # the same for all: nothing has to start again
+            return rows.set_column(rows.schema.get_field_index("node"), "node", pa.array([pid] * len(rows)))
 
-    monkeypatch.setattr(restoration, "RestoreUnit", Hanging)
-    files = {f"{index}.jpg": GOOD["a/tiny.jpg"] for index in range(5)} | {"hang.jpg": b"hang"}
+    monkeypatch.setattr(restoration, "RestoreUnit", Broken)
+    expected = {"hang": "decode", "crash": "decode", "killed": "out_of_memory"}
+    files = {f"{index}.jpg": GOOD["a/tiny.jpg"] for index in range(5)}
+    files |= {f"{name}.jpg": name.encode() for name in expected}
     source = write_tree(tmp_path / "in", files)
-    assert run(source, tmp_path / "out", batch_size=3) == 0
+    assert run(source, tmp_path / "out", batch_size=3, workers="1") == 0
     rows = assert_closed(tmp_path / "out", set(files))
-    failed = [(row.key, row.error, row.message) for row in rows.values() if row.status == "failed"]
-    assert failed == [("hang.jpg", "decode", restoration.LOST_ROW)]
+    failed = {row.key.removesuffix(".jpg"): row.error for row in rows.values() if row.status == "failed"}
+    assert failed == expected
+    assert len({row.node for row in rows.values()}) == 1
 
 
 def start(*arguments: object, **environment: str) -> "subprocess.Popen[str]":

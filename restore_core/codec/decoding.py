@@ -3,24 +3,26 @@
 import contextlib
 import io
 import struct
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from restore_core import exif
+from restore_core.codec import colour, jpeg2000
+from restore_core.codec.colour import Native, Pixels
 from restore_core.errors import ErrorClass, ItemError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000")  # Pillow opens MPO as JPEG
-"""What Pillow may open at all; those outside `RESTORED` are recognised so that they can be refused by name."""
-RESTORED = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000")
+"""What Pillow may open at all. It opens MPO as JPEG."""
 
 DEFAULT_MAX_PIXELS = 89_478_485
-"""Where Pillow begins to warn of decompression bombs. It refuses over twice as many, whatever `max_pixels` says."""
+"""Where Pillow begins to warn of decompression bombs."""
 
 # Everything that Pillow was seen to raise on malformed files, some of it only while it loads the pixels.
 BROKEN_FILE = (
@@ -31,10 +33,9 @@ BROKEN_FILE = (
 GRAY_MODES = ("L", "LA", "I;16", "I;16B")
 """Modes without colour channels."""
 DEEP_MODES = ("I;16", "I;16B")
-"""Modes of 16 bits a channel, little- and big-endian."""
-
-Pixels = npt.NDArray[np.uint8]
-DeepPixels = npt.NDArray[np.uint16]
+"""Grey modes of 16 bits, little- and big-endian. Colour of 16 bits has the modes of 8: `Picture.native` tells."""
+MODES = ("L", "LA", "RGB", "RGBA", "P", "CMYK", "LAB", *DEEP_MODES)
+"""What can be restored, where the format can hold it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,19 +45,20 @@ class Picture:
     pixels: Pixels
     """uint8 [H, W, 3], RGB as stored, 0..255, contiguous and writable; grey files have three equal channels."""
     format: str
-    """One of `RESTORED`."""
+    """One of `FORMATS`."""
     mode: str
-    """As stored: L, LA, RGB, RGBA, I;16 or I;16B."""
+    """As Pillow names it, one of `MODES`."""
     width: int
     height: int
     alpha: Pixels | None
-    """uint8 [H, W], None without an alpha channel."""
+    """uint8 [H, W], None without an alpha channel, a transparent colour or palette entry."""
     gray: bool
     """The file has no colour channels."""
     orientation: int | None = None
     """The EXIF orientation as stored, 1 to 8; None where the file says nothing valid."""
-    deep: DeepPixels | None = None
-    """uint16 [H, W] of a grey file with 16 bits a channel, whose nearest 8-bit values are `pixels`; else None."""
+    native: Native | None = None
+    """The file's own values where `pixels` is only the nearest 8-bit RGB: uint16 [H, W] (grey) or [H, W, 3 or 4] (RGB,
+    alpha), uint8 [H, W, 4] (CMYK) or [H, W, 3] (LAB); else None."""
 
 
 def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Picture:
@@ -65,7 +67,7 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Picture:
     Raises ItemError: `not_an_image`, `truncated`, `decode` (broken), `too_large` (more than `max_pixels`, known from
     the header, nothing is decoded), `unsupported` (this version could not write it back whole), `out_of_memory`.
     """
-    image = open_header(data)
+    image = open_header(data, max_pixels=max_pixels)
     width, height = _stored_size(image)
     if width * height > max_pixels:
         raise ItemError("too_large", f"{width} x {height} pixels are over the budget of {max_pixels} pixels")
@@ -75,30 +77,55 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Picture:
         if _is_cut_off(data):  # the reason may be no more than a missing end, such as half of a BMP's grey palette
             raise _cut_off(data)
         raise ItemError("unsupported", reason)
-    turned = image.tag_v2.get(exif.ORIENTATION) if isinstance(image, TiffImageFile) else None
+    turned = _tiff_orientation(image)  # which loading forgets
+    native: Native | None
     with _decoding(data):
-        image.load()
-        undo = _UNDO_TRANSPOSE.get(turned or 1)
-        stored: Image.Image = image if undo is None else image.transpose(undo)
-        bands = np.array(stored)  # a copy: views of Pillow's memory are read-only
-    deep = None
-    if image.mode in DEEP_MODES:
-        deep = bands.astype(np.uint16)  # in this machine's byte order
-        bands = ((deep.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if bands.ndim == 2:
-        bands = bands[:, :, np.newaxis]
-    gray, has_alpha = image.mode in GRAY_MODES, image.mode in ("LA", "RGBA")
+        if image.mode in ("RGB", "RGBA") and _is_deep(image, data):
+            pixels, alpha, native = colour.rgb_of_deep(_deep_values(image, data, max_pixels))
+        else:
+            pixels, alpha, native = colour.rgb_of(_loaded(image))
+        if native is None and alpha is None and isinstance(key := image.info.get("transparency"), (int, tuple)):
+            alpha = np.where((pixels == np.asarray(key, np.uint8)).all(axis=2), 0, 255).astype(np.uint8)
     return Picture(
-        pixels=np.repeat(bands[:, :, :1], 3, axis=2) if gray else np.ascontiguousarray(bands[:, :, :3]),
+        pixels=pixels,
         format=image.format or "",
         mode=image.mode,
         width=width,
         height=height,
-        alpha=np.ascontiguousarray(bands[:, :, -1]) if has_alpha else None,
-        gray=gray,
+        alpha=alpha,
+        gray=image.mode in GRAY_MODES,
         orientation=_valid(turned) or _orientation(image),
-        deep=deep,
+        native=native,
     )
+
+
+def _loaded(image: ImageFile.ImageFile) -> Image.Image:
+    """The pixels as they are stored: Pillow turns TIFF upright."""
+    undo = _UNDO_TRANSPOSE.get(_tiff_orientation(image) or 1)
+    image.load()
+    return image if undo is None else image.transpose(undo)
+
+
+def _deep_values(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> Native:
+    """RGB or RGBA of 16 bits a channel, uint16 [H, W, 3 or 4], of which Pillow keeps one byte.
+
+    So it is read twice, the second time with the bytes named in the opposite order.
+    """
+    other = open_header(data, max_pixels=max_pixels)
+    other.tile = [tile._replace(args=_swapped(tile.args)) for tile in other.tile]
+    high, low = (np.asarray(_loaded(one)) for one in (image, other))
+    deep = high.astype(np.uint16)
+    deep <<= 8
+    deep |= low
+    return deep
+
+
+def _swapped(args: Any) -> Any:
+    if isinstance(args, tuple):
+        return (_swapped(args[0]), *args[1:])
+    name, _, order = args.partition(";16")
+    big_endian = order == "B" or (order == "N" and sys.byteorder == "big")
+    return f"{name};16{'L' if big_endian else 'B'}"
 
 
 def one_line(text: str) -> str:
@@ -108,7 +135,10 @@ def one_line(text: str) -> str:
 # --- Opening and refusing --------------------------------------------------------------------------------------------
 
 
-def open_header(data: bytes) -> ImageFile.ImageFile:
+def open_header(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> ImageFile.ImageFile:
+    """Open without decoding. Raises ItemError."""
+    # Pillow's own guard follows where more was asked for; nothing else in this process opens files of strangers.
+    Image.MAX_IMAGE_PIXELS = max(max_pixels, Image.MAX_IMAGE_PIXELS or DEFAULT_MAX_PIXELS)
     with _decoding(data):
         return Image.open(io.BytesIO(data), formats=FORMATS)
 
@@ -129,7 +159,7 @@ def _decoding(data: bytes) -> Iterator[None]:
         message = f"the file is damaged: {error or type(error).__name__}"
         if isinstance(error, UnidentifiedImageError):
             message = "the file's header is damaged, or of a kind that cannot be read"
-            if not data.startswith(_SIGNATURES):
+            if not _has_signature(data):
                 kind = "not_an_image"
                 message = f"no {', '.join(FORMATS)} file: it begins with {data[:8].hex(' ')}" if data else "empty file"
         raise ItemError(kind, one_line(message)) from error
@@ -139,7 +169,13 @@ def _cut_off(data: bytes) -> ItemError:
     return ItemError("truncated", f"the file is cut off after {len(data)} bytes")
 
 
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"GIF8")
+_SIGNATURES = (
+    b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"GIF8", b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n",
+)  # fmt: skip
+
+
+def _has_signature(data: bytes) -> bool:
+    return data.startswith(_SIGNATURES) or data[8:12] == b"WEBP" or data[4:12] in (b"ftypavif", b"ftypavis")
 
 
 def _is_cut_off(data: bytes) -> bool:
@@ -166,9 +202,20 @@ def _is_cut_off(data: bytes) -> bool:
 
 
 _MODE_NAMES = {
-    "1": "1-bit", "P": "a palette", "PA": "a palette", "CMYK": "CMYK", "LAB": "LAB colour", "YCbCr": "YCbCr",
-    "I": "more than 8 bits a channel", "I;16": "16 bits a channel", "I;16B": "16 bits a channel", "F": "floating point",
+    "1": "1-bit", "PA": "a palette and alpha", "YCbCr": "YCbCr", "I": "more than 16 bits a channel",
+    "F": "floating point", "I;16": "16 bits a channel", "I;16B": "16 bits a channel", "RGBX": "four channels",
 }  # fmt: skip
+_FORMAT_MODES = {
+    "JPEG": ("L", "RGB", "CMYK"),
+    "PNG": ("L", "LA", "RGB", "RGBA", "P", *DEEP_MODES),
+    "WEBP": ("RGB", "RGBA"),
+    "TIFF": MODES,
+    "BMP": ("L", "RGB", "P"),
+    "GIF": ("L", "P"),
+    "AVIF": ("L", "RGB", "RGBA"),
+    "JPEG2000": ("L", "LA", "RGB", "RGBA"),
+}
+"""What can be written back as it was."""
 
 
 def _unsupported(image: ImageFile.ImageFile, data: bytes, frames: int) -> str | None:
@@ -176,33 +223,60 @@ def _unsupported(image: ImageFile.ImageFile, data: bytes, frames: int) -> str | 
     convert = "convert it to 8-bit grey, RGB or RGBA first"
     if frames > 1:
         return f"{image.format} with {frames} frames or pages; split it into single pictures first"
-    if image.format not in RESTORED:
-        return f"{image.format} files are not restored; convert to PNG or TIFF first"
-    deep = image.mode in DEEP_MODES and image.format in ("PNG", "TIFF")
-    if image.mode not in ("L", "LA", "RGB", "RGBA") and not deep:
+    if image.mode not in _FORMAT_MODES.get(image.format or "", ()):
         return f"{image.format} with {_MODE_NAMES.get(image.mode, image.mode)}; {convert}"
-    if isinstance(image.info.get("transparency"), (bytes, int, tuple)):  # a text of that name is only a text
-        return f"{image.format} with one colour marked as transparent; convert it to an alpha channel first"
     xmp = image.info.get("xmp")
     if isinstance(xmp, bytes) and b"hdrgm:Version" in xmp:
         return "JPEG with an HDR gain map (Ultra HDR); save it as a plain JPEG first"
-    if image.format == "PNG" and data[24] != (16 if deep else 8):  # Pillow silently makes 8 bits of 16, 4 and 2
-        return f"PNG with {data[24]} bits a channel; {convert}"
-    if image.format == "BMP":
-        depth = int.from_bytes(data[24:26] if data[14] == 12 else data[28:30], "little")
-        if depth == 16 or image.mode == "RGBA":
-            return f"BMP with {depth} bits a pixel{' and alpha' * (depth == 32)}; convert it to PNG first"
+    if image.mode == "CMYK" and image.format == "JPEG" and "adobe_transform" not in image.info:
+        return f"CMYK JPEG that does not say whether its inks are inverted; {convert}"
+    match image.format:
+        case "PNG":
+            return _unsupported_png(image, data)
+        case "BMP":
+            depth = int.from_bytes(data[24:26] if data[14] == 12 else data[28:30], "little")
+            if depth == 16 or (image.mode == "P" and depth != 8):
+                return f"BMP with {depth} bits a pixel; convert it to PNG first"
+        case "AVIF":
+            at = data.find(b"av1C")
+            if at < 0 or data[at + 6] & 0x40:
+                return f"AVIF with more than 8 bits a channel; {convert}"
+        case "JPEG2000":
+            return jpeg2000.unsupported(data)
+    return _unsupported_tiff(image, data) if isinstance(image, TiffImageFile) else None
+
+
+def _unsupported_png(image: ImageFile.ImageFile, data: bytes) -> str | None:
+    depth, deep = data[24], _is_deep(image, data)
+    # Pillow silently makes 8 bits of 2, 4 and 16
+    if depth < (2 if image.mode == "P" else 8) or (deep and image.mode == "RGBA" and data[25] == 4):
+        return f"PNG with {depth} bits a channel{' and alpha' * deep}; convert it to 8-bit grey, RGB or RGBA first"
+    if deep and isinstance(image.info.get("transparency"), (bytes, int, tuple)):  # a text of that name is only a text
+        return "PNG of 16 bits with one colour marked as transparent; convert it to an alpha channel first"
+    return None
+
+
+def _is_deep(image: ImageFile.ImageFile, data: bytes) -> bool:
+    """16 bits a channel."""
     if isinstance(image, TiffImageFile):
-        tags = image.tag_v2
-        if data[2:4] not in (b"*\0", b"\0*"):
-            return "BigTIFF; convert it to plain TIFF first"
-        if set(_as_tuple(tags.get(258, 1))) != {16 if deep else 8} or set(_as_tuple(tags.get(339, 1))) != {1}:
-            return f"TIFF that is not of 8-bit (or grey and 16-bit) unsigned numbers; {convert}"
-        if tags.get(277, 1) != len(image.getbands()) or 1 in _as_tuple(tags.get(338, ())):
-            return f"TIFF with extra channels or premultiplied alpha; {convert}"
-        for tag, what in ((330, "sub-images (camera raw or pyramid)"), (50706, "DNG"), (37724, "Photoshop layers")):
-            if tag in tags:
-                return f"TIFF with {what}; export it as a flat TIFF first"
+        return set(_as_tuple(image.tag_v2.get(258, 1))) == {16}
+    return image.format == "PNG" and data[24] == 16
+
+
+def _unsupported_tiff(image: TiffImageFile, data: bytes) -> str | None:
+    tags, convert = image.tag_v2, "convert it to 8-bit grey, RGB or RGBA first"
+    if data[2:4] not in (b"*\0", b"\0*"):
+        return "BigTIFF; convert it to plain TIFF first"
+    deep = image.mode in DEEP_MODES or (image.mode in ("RGB", "RGBA") and _is_deep(image, data))
+    if set(_as_tuple(tags.get(258, 1))) != {16 if deep else 8} or set(_as_tuple(tags.get(339, 1))) != {1}:
+        return f"TIFF that is not of 8-bit or 16-bit unsigned numbers; {convert}"
+    if tags.get(277, 1) != len(image.getbands()) or 1 in _as_tuple(tags.get(338, ())):
+        return f"TIFF with extra channels or premultiplied alpha; {convert}"
+    if deep and tags.get(284, 1) != 1 and len(image.getbands()) > 1:
+        return f"TIFF of 16 bits with its channels apart; {convert}"
+    for tag, what in ((330, "sub-images (camera raw or pyramid)"), (50706, "DNG"), (37724, "Photoshop layers")):
+        if tag in tags:
+            return f"TIFF with {what}; export it as a flat TIFF first"
     return None
 
 
@@ -213,8 +287,11 @@ def _as_tuple(value: object) -> tuple[object, ...]:
 def _stored_size(image: ImageFile.ImageFile) -> tuple[int, int]:
     """Pillow turns TIFF, and only TIFF, upright while it loads, and already reports that size."""
     width, height = image.size
-    turned = isinstance(image, TiffImageFile) and image.tag_v2.get(exif.ORIENTATION) in (5, 6, 7, 8)
-    return (height, width) if turned else (width, height)
+    return (height, width) if _tiff_orientation(image) in (5, 6, 7, 8) else (width, height)
+
+
+def _tiff_orientation(image: ImageFile.ImageFile) -> Any:
+    return image.tag_v2.get(exif.ORIENTATION) if isinstance(image, TiffImageFile) else None
 
 
 def _orientation(image: ImageFile.ImageFile) -> int | None:

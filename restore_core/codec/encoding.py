@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -11,7 +12,9 @@ from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 from PIL.TiffImagePlugin import TiffImageFile
 
 from restore_core import exif
-from restore_core.codec.decoding import BROKEN_FILE, DeepPixels, Picture, Pixels, one_line, open_header
+from restore_core.codec import colour, jpeg2000
+from restore_core.codec.colour import Native, Pixels
+from restore_core.codec.decoding import BROKEN_FILE, Picture, one_line, open_header
 from restore_core.errors import ItemError
 
 
@@ -29,14 +32,7 @@ def encode(pixels: Pixels, source: bytes, *, picture: Picture, software: str, st
     """
     if pixels.dtype != np.uint8 or pixels.shape != (picture.height, picture.width, 3):
         raise ValueError(f"pixels are {pixels.dtype} {pixels.shape}, the picture is {picture.height} x {picture.width}")
-    image = Image.fromarray(np.ascontiguousarray(pixels))
-    if picture.gray:
-        image = image.convert("L")
-    if picture.deep is not None:
-        image = Image.fromarray(_deepened(np.asarray(image), picture.deep, picture.pixels))
-    if picture.alpha is not None:
-        image.putalpha(Image.fromarray(picture.alpha))
-    original = open_header(source)
+    original = open_header(source, max_pixels=picture.width * picture.height)
     try:
         if strip_metadata:
             block = exif.stripped(picture.orientation)
@@ -45,13 +41,21 @@ def encode(pixels: Pixels, source: bytes, *, picture: Picture, software: str, st
             block = exif.annotated(exif.bare(stored), software)
         match original:
             case JpegImageFile():
-                return _encode_jpeg(image, original, block, strip_metadata)
+                return _encode_jpeg(_image(pixels, picture), original, block, strip_metadata)
             case TiffImageFile():
-                return _encode_tiff(image, original, source, software, strip_metadata)
-        if original.format == "PNG":
-            return _encode_png(image, source, block, strip_metadata)
-        if original.format == "WEBP":
-            return _encode_webp(image, original, source, block, strip_metadata)
+                return _encode_tiff(pixels, picture, original, source, software, strip_metadata)
+        match original.format:
+            case "PNG":
+                return _encode_png(pixels, picture, original, source, block, strip_metadata)
+            case "WEBP":
+                return _encode_webp(_image(pixels, picture), original, source, block, strip_metadata)
+            case "AVIF":
+                return _encode_avif(_image(pixels, picture), original, block, strip_metadata)
+            case "GIF":
+                return _encode_gif(pixels, picture, original, strip_metadata)
+            case "JPEG2000":
+                return _encode_jpeg2000(_image(pixels, picture), source, strip_metadata)
+        image = colour.with_palette(pixels, None, 256)[0] if picture.mode == "P" else _image(pixels, picture)
         return _saved(image, "BMP", dpi=original.info.get("dpi", (96, 96)))
     except (*BROKEN_FILE, MemoryError) as error:
         raise ItemError(
@@ -59,28 +63,69 @@ def encode(pixels: Pixels, source: bytes, *, picture: Picture, software: str, st
         ) from error
 
 
-def _deepened(gray: Pixels, deep: DeepPixels, pixels: Pixels) -> DeepPixels:
-    """What was restored at 8 bits, as a correction of the 16-bit values: where nothing changed, all bits stay."""
-    correction = gray.astype(np.int32) - pixels[:, :, 0]
-    return np.clip(deep + 257 * correction, 0, 65_535).astype(np.uint16)
+def _image(pixels: Pixels, picture: Picture) -> Image.Image:
+    """In the file's own mode, if that is not a palette or 16-bit colour."""
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    if picture.gray:
+        image = image.convert("L")
+    if picture.native is not None:
+        native = _native(pixels, picture)
+        if picture.mode in ("CMYK", "LAB"):
+            return Image.frombytes(picture.mode, (picture.width, picture.height), native.tobytes())
+        return Image.fromarray(native)
+    if picture.alpha is not None:
+        image.putalpha(Image.fromarray(picture.alpha))
+    return image
+
+
+def _native(pixels: Pixels, picture: Picture) -> Native:
+    assert picture.native is not None
+    if picture.gray:
+        pixels = np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).convert("L"))[:, :, np.newaxis]
+        return colour.native_of(pixels, picture.pixels[:, :, :1], picture.native, picture.mode)
+    return colour.native_of(pixels, picture.pixels, picture.native, picture.mode)
+
+
+def _has_deep_colour(picture: Picture) -> bool:
+    return picture.native is not None and picture.native.dtype == np.uint16 and not picture.gray
 
 
 def without_metadata(source: bytes, *, picture: Picture) -> bytes:
     """The file without EXIF, XMP, IPTC and texts, and with the very same pixels.
 
-    The ICC profile stays, and so does an orientation that is not 1. Of JPEG and WebP the compressed data is copied.
-    Raises ItemError `encode`.
+    The ICC profile stays, and so does an orientation that is not 1. The compressed data is copied where that can be.
+    Raises ItemError `encode`, also for AVIF.
     """
-    if picture.format == "JPEG":
-        return _strip_jpeg(source, exif.stripped(picture.orientation))
-    if picture.format == "WEBP":
-        return _strip_webp(source, exif.stripped(picture.orientation))
+    block = exif.stripped(picture.orientation)
+    match picture.format:
+        case "JPEG":
+            return _strip_jpeg(source, block)
+        case "WEBP":
+            return _strip_webp(source, block)
+        case "PNG":
+            return _strip_png(source, block)
+        case "GIF":
+            return _strip_gif(source)
+        case "JPEG2000":
+            return jpeg2000.with_codestream(source, jpeg2000.codestream(source), strip_metadata=True)
+        case "AVIF":
+            raise ItemError(
+                "encode", "metadata of an undamaged AVIF cannot be taken out without loss; convert it first"
+            )
+        case "TIFF" if picture.mode == "P":
+            raise ItemError(
+                "encode", "metadata of an undamaged TIFF with a palette cannot be taken out; convert it first"
+            )
+        case "BMP":
+            return source  # it holds none
     return encode(picture.pixels, source, picture=picture, software="", strip_metadata=True)  # lossless formats
 
 
 def _strip_jpeg(source: bytes, block: bytes) -> bytes:
     kept, at = [source[:2]], 2
     while at + 4 <= len(source) and source[at + 1] != 0xDA:  # start of scan: the rest is pixels
+        if source[at] != 0xFF:
+            raise ItemError("encode", "its metadata cannot be taken out: the segments are damaged")
         if source[at + 1] == 0xFF:  # a filling byte
             at += 1
             continue
@@ -136,6 +181,8 @@ def _encode_jpeg(image: Image.Image, original: JpegImageFile, block: bytes, stri
     tables = [original.quantization[layer[3]] for layer in original.layer]  # one for each component
     sampling = get_sampling(original)
     options: dict[str, object] = {"xmp": info.get("xmp"), "comment": info.get("comment"), "extra": _segments(original)}
+    if image.mode == "CMYK":  # Pillow writes the inks as they are, not YCCK, and one table for all: the finest
+        tables, sampling = [[min(steps) for steps in zip(*tables, strict=True)]], 0
     if len(block) > 65_527:  # it fitted before the note was added; JPEG segments end at 64 KiB
         block = exif.bare(info.get("exif"))
     return _saved(
@@ -204,21 +251,80 @@ def _png_exif(original: ImageFile.ImageFile, source: bytes) -> bytes:
         return b""
 
 
-def _encode_png(image: Image.Image, source: bytes, block: bytes, strip: bool) -> bytes:
+def _encode_png(
+    pixels: Pixels, picture: Picture, original: ImageFile.ImageFile, source: bytes, block: bytes, strip: bool
+) -> bytes:
     """Put the source's own ancillary chunks, byte for byte, around the new pixels."""
-    new, old = list(_png_chunks(_saved(image, "PNG", compress_level=1))), list(_png_chunks(source))
+    old = list(_png_chunks(source))
+    transparency: list[tuple[bytes, bytes]] = []
+    if picture.mode == "P":
+        depth = source[24]
+        image, alphas = colour.with_palette(pixels, picture.alpha, 2**depth)
+        png = _saved(image, "PNG", compress_level=1, bits=depth, **({"transparency": alphas} if alphas else {}))
+    elif _has_deep_colour(picture):
+        png = _deep_png(_native(pixels, picture))
+    elif picture.alpha is not None and isinstance(key := original.info.get("transparency"), (int, tuple)):
+        visible = replace(picture, alpha=None)
+        png = _saved(_image(_keyed(pixels, picture, key), visible), "PNG", compress_level=1)
+        transparency = [chunk for chunk in old if chunk[0] == b"tRNS"]
+    else:
+        png = _saved(_image(pixels, picture), "PNG", compress_level=1)
+    new = list(_png_chunks(png))
     first = next(index for index, (kind, _) in enumerate(old) if kind == b"IDAT")
-    kept = [(kind, body) for kind, body in old if kind not in _PNG_LAYOUT and (kind in _PNG_COLOUR or not strip)]
-    before = sum(kind not in _PNG_LAYOUT and (kind in _PNG_COLOUR or not strip) for kind, _ in old[:first])
-    chunks = [
-        new[0],
-        *kept[:before],
-        *([(b"eXIf", block)] if block else []),
-        *(chunk for chunk in new if chunk[0] == b"IDAT"),
-        *kept[before:],
-        (b"IEND", b""),
-    ]
-    return source[:8] + b"".join(
+    before = [chunk for chunk in old[:first] if _is_kept(chunk[0], strip)]
+    return _png(
+        source[:8],
+        [
+            new[0],
+            *before,
+            *([(b"eXIf", block)] if block else []),
+            *(chunk for chunk in new if chunk[0] in (b"PLTE", b"tRNS")),
+            *transparency,
+            *(chunk for chunk in new if chunk[0] == b"IDAT"),
+            *(chunk for chunk in old[first:] if _is_kept(chunk[0], strip)),
+            (b"IEND", b""),
+        ],
+    )
+
+
+def _is_kept(kind: bytes, strip: bool) -> bool:
+    return kind not in _PNG_LAYOUT and (kind in _PNG_COLOUR or not strip)
+
+
+def _keyed(pixels: Pixels, picture: Picture, key: int | tuple[int, ...]) -> Pixels:
+    """The transparent colour where it was before, and a colour beside it where restoration came upon it by chance."""
+    gray = isinstance(key, int)
+    values = np.asarray(Image.fromarray(pixels).convert("L")) if gray else pixels
+    last = values[:, :, np.newaxis].copy() if gray else pixels.copy()
+    clash = (last == np.asarray(key, np.uint8)).all(axis=2)
+    last[clash, -1] ^= 1
+    last[picture.alpha == 0] = key
+    return np.repeat(last, 3, axis=2) if gray else last
+
+
+def _deep_png(deep: Native) -> bytes:
+    """RGB or RGBA of 16 bits a channel, which Pillow does not write. ISO 15948; every row is filtered with "up"."""
+    height, width, channels = deep.shape
+    packer, packed = zlib.compressobj(1), []
+    above = np.zeros(width * channels * 2, np.uint8)
+    for row in deep:
+        values = np.frombuffer(row.astype(">u2").tobytes(), np.uint8)
+        packed.append(packer.compress(b"\2" + (values - above).tobytes()))
+        above = values
+    packed.append(packer.flush())
+    header = struct.pack(">IIBBBBB", width, height, 16, 6 if channels == 4 else 2, 0, 0, 0)
+    return _png(b"\x89PNG\r\n\x1a\n", [(b"IHDR", header), (b"IDAT", b"".join(packed)), (b"IEND", b"")])
+
+
+def _strip_png(source: bytes, block: bytes) -> bytes:
+    chunks = [chunk for chunk in _png_chunks(source) if chunk[0] != b"eXIf" and (chunk[0] in _PNG_LAYOUT + _PNG_COLOUR)]
+    if block:
+        chunks.insert(1, (b"eXIf", block))
+    return _png(source[:8], chunks)
+
+
+def _png(signature: bytes, chunks: list[tuple[bytes, bytes]]) -> bytes:
+    return signature + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
     )
 
@@ -240,18 +346,24 @@ _TIFF_LAYOUT = {
 _TIFF_RESOLUTION = (282, 283, 296)
 
 
-def _encode_tiff(image: Image.Image, original: TiffImageFile, source: bytes, software: str, strip: bool) -> bytes:
-    """Let Pillow write the pixels, then append a directory that also holds the source's tags (Pillow loses some)."""
+def _encode_tiff(
+    pixels: Pixels, picture: Picture, original: TiffImageFile, source: bytes, software: str, strip: bool
+) -> bytes:
+    """Write the pixels, then append a directory that also holds the source's tags (Pillow loses some)."""
     compression = original.info.get("compression")
-    tiff = bytearray(
-        _saved(
-            image,
-            "TIFF",
-            compression=compression if compression in _TIFF_LOSSLESS else "tiff_adobe_deflate",
-            icc_profile=original.info.get("icc_profile"),
-            tiffinfo={317: 2} if original.tag_v2.get(317) == 2 else {},
+    icc_profile = original.info.get("icc_profile")
+    if _has_deep_colour(picture):
+        tiff = bytearray(_deep_tiff(_native(pixels, picture), "zlib" if compression != "raw" else None, icc_profile))
+    else:
+        tiff = bytearray(
+            _saved(
+                colour.with_palette(pixels, None, 256)[0] if picture.mode == "P" else _image(pixels, picture),
+                "TIFF",
+                compression=compression if compression in _TIFF_LOSSLESS else "tiff_adobe_deflate",
+                icc_profile=icc_profile,
+                tiffinfo={317: 2} if original.tag_v2.get(317) == 2 else {},
+            )
         )
-    )
     layout, _ = exif.read_ifd(tiff, exif.first_ifd(tiff))
     entries = {entry.tag: entry for entry in layout}
     for entry in exif.read_ifd(source, exif.first_ifd(source))[0]:
@@ -263,3 +375,69 @@ def _encode_tiff(image: Image.Image, original: TiffImageFile, source: bytes, sof
         entries[exif.SOFTWARE] = exif.text_entry(exif.SOFTWARE, software)
     exif.write_first_ifd(tiff, entries.values(), 0)
     return bytes(tiff)
+
+
+def _deep_tiff(deep: Native, compression: str | None, icc_profile: bytes | None) -> bytes:
+    """RGB or RGBA of 16 bits a channel, which Pillow does not write."""
+    import tifffile
+
+    file = io.BytesIO()
+    tifffile.imwrite(
+        file,
+        deep,
+        photometric="rgb",
+        compression=compression,
+        iccprofile=icc_profile,
+        extrasamples=["unassalpha"] if deep.shape[2] == 4 else None,
+        metadata=None,
+        software=False,
+    )
+    return file.getvalue()
+
+
+def _encode_avif(image: Image.Image, original: ImageFile.ImageFile, block: bytes, strip: bool) -> bytes:
+    return _saved(
+        image,
+        "AVIF",
+        quality=100 if "A" in image.mode else 95,  # which is also the alpha's: 100 keeps it as it is
+        subsampling="4:0:0" if image.mode == "L" else "4:4:4",
+        icc_profile=original.info.get("icc_profile"),
+        exif=block,
+        xmp=b"" if strip else original.info.get("xmp", b""),
+    )
+
+
+def _encode_gif(pixels: Pixels, picture: Picture, original: ImageFile.ImageFile, strip: bool) -> bytes:
+    image, alphas = colour.with_palette(pixels, picture.alpha, 256)
+    options: dict[str, object] = {"transparency": alphas.index(0)} if 0 in alphas else {}
+    if not strip and "comment" in original.info:
+        options["comment"] = original.info["comment"]
+    return _saved(image, "GIF", interlace=bool(original.info.get("interlace")), **options)
+
+
+def _strip_gif(source: bytes) -> bytes:
+    """Without comments and texts of applications (XMP); a GIF89a, 18 to 23."""
+    at = 13 + (3 * 2 ** ((source[10] & 7) + 1) if source[10] & 0x80 else 0)
+    kept = [source[:at]]
+    while at < len(source) and source[at] in (0x21, 0x2C):
+        start = at
+        if source[at] == 0x2C:  # an image: its descriptor, colours and first code size
+            at += 10 + (3 * 2 ** ((source[at + 9] & 7) + 1) if source[at + 9] & 0x80 else 0) + 1
+        else:
+            at += 2
+        while at < len(source) and source[at]:
+            at += source[at] + 1
+        at += 1
+        if source[start] == 0x2C or source[start + 1] == 0xF9:
+            kept.append(source[start:at])
+    return b"".join([*kept, b";"])
+
+
+def _encode_jpeg2000(image: Image.Image, source: bytes, strip: bool) -> bytes:
+    """Lossless where the source may have been, else far above what can be seen."""
+    reversible = jpeg2000.is_reversible(source)
+    options: dict[str, object] = {} if reversible else {"quality_mode": "dB", "quality_layers": [60]}
+    new = _saved(
+        image, "JPEG2000", no_jp2=True, irreversible=not reversible, mct=int(image.mode.startswith("RGB")), **options
+    )
+    return jpeg2000.with_codestream(source, new, strip_metadata=strip)

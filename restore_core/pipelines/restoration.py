@@ -118,12 +118,13 @@ class Summary:
 
 
 class Stage:
-    """What all actors have: the run, and threads for reading, coding and writing."""
+    """What all actors have: the run, threads for reading, coding and writing, and processes for decoding."""
 
     def __init__(self, run: "list[ray.ObjectRef[RestoreRun]]") -> None:
         self.run: RestoreRun = ray.get(run[0])
         torch.set_num_threads(self.run.threads)
         self.pool = ThreadPoolExecutor(IO_THREADS)
+        self.decoders = codec.Decoders(max(2, self.run.threads), self.run.max_pixels)
 
 
 class RestoreUnit(Stage):
@@ -138,9 +139,11 @@ class RestoreUnit(Stage):
         rows = manifest.rows_of(unit.select(manifest.SCHEMA.names))
         file, group, target = (unit[name][0].as_py() for name in ("file", "group", "target"))
         if file is None:
-            return manifest.table_of(stages.restore_objects(rows, self.run, self.restorer, self.pool))
+            return manifest.table_of(stages.restore_objects(rows, self.run, self.restorer, self.pool, self.decoders))
         return manifest.table_of(
-            stages.restore_row_group(rows, file, group, target, self.run, self.restorer, self.pool, self.batch_size)
+            stages.restore_row_group(
+                rows, file, group, target, self.run, self.restorer, self.pool, self.decoders, self.batch_size
+            )
         )
 
 
@@ -149,7 +152,7 @@ class DecodeUnit(Stage):
 
     def __call__(self, unit: pa.Table) -> pa.Table:
         items = [stages.Item(row) for row in manifest.rows_of(unit.select(manifest.SCHEMA.names))]
-        stages.each(self.pool, lambda item: stages.fetch_and_decode(item, self.run), items)
+        stages.each(self.pool, lambda item: stages.fetch_and_decode(item, self.run, self.decoders), items)
         return stages.items_to_table(items)
 
 

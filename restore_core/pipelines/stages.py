@@ -89,12 +89,12 @@ def _wall(row: Row) -> Iterator[None]:
     row.seconds = (row.seconds or 0.0) + time.perf_counter() - started
 
 
-def fetch_and_decode(item: Item, run: RestoreRun) -> None:
+def fetch_and_decode(item: Item, run: RestoreRun, decoders: codec.Decoders) -> None:
     with _wall(item.row):
         if item.source is None:
             item.source = run.input.read(item.row.key)
         item.row.input_sha256 = hashlib.sha256(item.source).hexdigest()
-        item.picture = picture = codec.decode(item.source, max_pixels=run.max_pixels)
+        item.picture = picture = decoders.decode(item.source)
         item.row.format, item.row.mode = picture.format, picture.mode
         item.row.width, item.row.height = picture.width, picture.height
         item.row.orientation = picture.orientation
@@ -160,10 +160,12 @@ def finish(row: Row) -> None:
     row.node, row.finished_at = socket.gethostname(), datetime.now(UTC)
 
 
-def restore_objects(rows: list[Row], run: RestoreRun, restorer: Restorer, pool: Executor) -> list[Row]:
+def restore_objects(
+    rows: list[Row], run: RestoreRun, restorer: Restorer, pool: Executor, decoders: codec.Decoders
+) -> list[Row]:
     """All stages for some objects of a folder or prefix. Returns the finished rows."""
     items = [Item(row) for row in rows]
-    each(pool, lambda item: fetch_and_decode(item, run), items)
+    each(pool, lambda item: fetch_and_decode(item, run, decoders), items)
     restore(items, restorer)
     each(pool, lambda item: encode_and_write(item, run), items)
     return [item.row for item in items]
@@ -171,7 +173,7 @@ def restore_objects(rows: list[Row], run: RestoreRun, restorer: Restorer, pool: 
 
 def restore_row_group(
     rows: list[Row], file: str, group: int, output_key: str, run: RestoreRun, restorer: Restorer, pool: Executor,
-    batch: int,
+    decoders: codec.Decoders, batch: int,
 ) -> list[Row]:  # fmt: skip
     """All stages for one row group of a Parquet file, which becomes one output file. Returns the finished rows."""
     filesystem, root = run.input.filesystem()
@@ -191,7 +193,7 @@ def restore_row_group(
         for item in items:
             if not item.source:
                 item.row.fail("not_an_image", "the image cell is null or empty")
-        each(pool, lambda item: fetch_and_decode(item, run) if item.open else None, items)
+        each(pool, lambda item: fetch_and_decode(item, run, decoders) if item.open else None, items)
         restore(items, restorer)
         images += each(pool, lambda item: encode(item, run), items)
     # A failed row keeps its original bytes, so that the table stays whole.
@@ -212,8 +214,9 @@ def restore_row_group(
 def each(pool: Executor, function: Callable[[Item], Result], items: list[Item]) -> list[Result]:
     """Call `function` on all items at once: Pillow and the network release the interpreter.
 
-    A decoder that hangs cannot be stopped from within, so after `STAGE_SECONDS` the process shows where it is and ends;
-    Ray starts another, and the item is found out as one that crashes is.
+    What hangs (an encoder, say: decoders have processes of their own) cannot be stopped from within, so after
+    `STAGE_SECONDS` the process shows where it is and ends; Ray starts another, and the item is found out as one that
+    crashes is.
     """
     faulthandler.dump_traceback_later(STAGE_SECONDS, exit=True)
     try:
@@ -230,7 +233,7 @@ ITEM_SCHEMA = pa.schema(
         pa.field("source", pa.large_binary()),
         pa.field("pixels", pa.large_binary()),
         pa.field("alpha", pa.large_binary()),
-        pa.field("deep", pa.large_binary()),
+        pa.field("native", pa.large_binary()),
         pa.field("restored", pa.large_binary()),
     ]
 )
@@ -247,7 +250,7 @@ def items_to_table(items: list[Item]) -> pa.Table:
         "source": column([item.source for item in items]),
         "pixels": column([None if p is None else p.pixels.tobytes() for p in pictures]),
         "alpha": column([None if p is None or p.alpha is None else p.alpha.tobytes() for p in pictures]),
-        "deep": column([None if p is None or p.deep is None else p.deep.tobytes() for p in pictures]),
+        "native": column([None if p is None or p.native is None else p.native.tobytes() for p in pictures]),
         "restored": column([None if item.restored is None else item.restored.tobytes() for item in items]),
     }
     for name, values in columns.items():
@@ -257,9 +260,9 @@ def items_to_table(items: list[Item]) -> pa.Table:
 
 def items_of_table(table: pa.Table) -> list[Item]:
     rows = manifest.rows_of(table.select(manifest.SCHEMA.names))
-    columns = (table[name].to_pylist() for name in ("source", "pixels", "alpha", "deep", "restored"))
+    columns = (table[name].to_pylist() for name in ("source", "pixels", "alpha", "native", "restored"))
     items = []
-    for row, source, pixels, alpha, deep, restored in zip(rows, *columns, strict=True):
+    for row, source, pixels, alpha, native, restored in zip(rows, *columns, strict=True):
         item = Item(row, source)
         if pixels is not None:
             assert row.height and row.width and row.format and row.mode
@@ -273,7 +276,7 @@ def items_of_table(table: pa.Table) -> list[Item]:
                 alpha=None if alpha is None else np.frombuffer(alpha, np.uint8).reshape(size),
                 gray=row.mode in codec.GRAY_MODES,
                 orientation=row.orientation,
-                deep=None if deep is None else np.frombuffer(deep, np.uint16).reshape(size),
+                native=None if native is None else codec.native_from_bytes(native, row.mode, *size),
             )
             if restored is not None:
                 item.restored = np.frombuffer(restored, np.uint8).reshape(*size, 3)

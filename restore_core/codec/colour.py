@@ -1,0 +1,150 @@
+"""Modes that a file cannot be restored in as it is: to 8-bit RGB, and the restored RGB back into them.
+
+Where a file's own values say more than 8-bit RGB does (`native`), what changed is carried over as a correction of them,
+so that pixels which restoration left alone keep every bit.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageCms
+
+Pixels = npt.NDArray[np.uint8]
+Native = npt.NDArray[Any]
+"""uint8 or uint16; see `Picture.native`."""
+
+_BAND_PIXELS = 2**22
+"""Converted at a time: intermediate values take up to 48 bytes a pixel."""
+
+
+def rgb_of(image: Image.Image) -> tuple[Pixels, Pixels | None, Native | None]:
+    """Loaded picture of mode L, LA, RGB, RGBA, P, CMYK, LAB or 16-bit grey -> (RGB [H, W, 3], alpha [H, W], native)."""
+    match image.mode:
+        case "L":
+            return _three(np.asarray(image)), None, None
+        case "LA":
+            bands = np.asarray(image)
+            return _three(bands[:, :, 0]), np.ascontiguousarray(bands[:, :, 1]), None
+        case "RGB":
+            return np.array(image), None, None
+        case "RGBA":
+            bands = np.asarray(image)
+            return np.ascontiguousarray(bands[:, :, :3]), np.ascontiguousarray(bands[:, :, 3]), None
+        case "P":
+            # a text chunk of that name is only a text
+            clear = isinstance(image.info.get("transparency"), (int, bytes))
+            return rgb_of(image.convert("RGBA" if clear else "RGB"))
+        case "CMYK":
+            return np.array(image.convert("RGB")), None, np.array(image)
+        case "LAB":
+            return np.array(_lab_transform(to_rgb=True).apply(image)), None, np.array(image)
+        case "I;16" | "I;16B":
+            return rgb_of_deep(np.asarray(image).astype(np.uint16))  # in this machine's byte order
+    raise ValueError(f"mode {image.mode}")
+
+
+def rgb_of_deep(deep: Native) -> tuple[Pixels, None, Native]:
+    """16-bit values [H, W] or [H, W, 3 or 4] -> (the nearest 8-bit RGB [H, W, 3], None, native)."""
+    colours = deep[:, :, :3] if deep.ndim == 3 else deep
+    pixels = np.empty(colours.shape, np.uint8)
+    for rows in _bands(deep.shape):
+        pixels[rows] = (colours[rows].astype(np.uint32) + 128) // 257
+    return pixels if deep.ndim == 3 else _three(pixels), None, deep
+
+
+def native_from_bytes(data: bytes, mode: str, height: int, width: int) -> Native:
+    """`Picture.native` again from its bytes."""
+    values: Native = np.frombuffer(data, np.uint8 if mode in ("CMYK", "LAB") else np.uint16)
+    return values.reshape((height, width) if values.size == height * width else (height, width, -1))
+
+
+def native_of(restored: Pixels, pixels: Pixels, native: Native, mode: str) -> Native:
+    """Restored RGB in a file's own values.
+
+    Args:
+        restored: uint8 [H, W, 3], grey already where the file is.
+        pixels: uint8 [H, W, 3], the RGB that `native` was decoded to.
+        native: uint16 [H, W] or [H, W, 3 or 4] (RGB, alpha), uint8 [H, W, 4] (CMYK) or [H, W, 3] (LAB).
+        mode: the file's.
+
+    Returns an array like `native`.
+    """
+    result = np.empty_like(native)
+    convert: Callable[[Pixels, Pixels, Native], Native] = {"CMYK": _to_cmyk, "LAB": _to_lab}.get(mode, _to_deep)
+    for rows in _bands(native.shape):
+        result[rows] = convert(restored[rows], pixels[rows], native[rows])
+    return result
+
+
+def _to_deep(restored: Pixels, pixels: Pixels, deep: Native) -> Native:
+    change = 257 * (restored.astype(np.int32) - pixels)
+    if deep.ndim == 2:
+        change = change[:, :, 0]
+        return np.asarray(np.clip(deep + change, 0, 65_535), np.uint16)
+    colour = np.clip(deep[:, :, :3] + change, 0, 65_535).astype(np.uint16)
+    return np.concatenate([colour, deep[:, :, 3:]], axis=2)
+
+
+def _to_cmyk(restored: Pixels, pixels: Pixels, cmyk: Native) -> Native:
+    """Where the colour changed: as much black as before, unless it has to be lighter, and inks for the rest.
+
+    The inverse of Pillow's R = (255 - C)(255 - K) / 255, so that a viewer which knows the inks better than that still
+    shows unchanged pixels as before and the others near them.
+    """
+    light = np.maximum(255 - cmyk[:, :, 3:].astype(np.int32), restored.max(axis=2, keepdims=True))
+    inks = 255 - (restored.astype(np.int32) * 255 + light // 2) // np.maximum(light, 1)
+    changed = np.concatenate([inks, 255 - light], axis=2).astype(np.uint8)
+    return np.where((restored == pixels).all(axis=2, keepdims=True), cmyk, changed)
+
+
+def _to_lab(restored: Pixels, pixels: Pixels, lab: Native) -> Native:
+    after, before = (
+        np.asarray(_lab_transform(to_rgb=False).apply(Image.fromarray(rgb))).astype(np.int32)
+        for rgb in (restored, pixels)
+    )
+    return np.asarray(np.clip(lab + after - before, 0, 255), np.uint8)
+
+
+@functools.cache
+def _lab_transform(*, to_rgb: bool) -> ImageCms.ImageCmsTransform:
+    lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    if to_rgb:
+        return ImageCms.buildTransform(lab, rgb, "LAB", "RGB")
+    return ImageCms.buildTransform(rgb, lab, "RGB", "LAB")
+
+
+def with_palette(restored: Pixels, alpha: Pixels | None, colours: int) -> tuple[Image.Image, bytes]:
+    """Reduce to a palette of at most `colours`, with every pixel's alpha as it was.
+
+    Returns the picture of mode P and the alpha of the palette's entries, b"" without `alpha`.
+    """
+    if alpha is None:
+        image = Image.fromarray(restored)
+        palette = image.quantize(colours, Image.Quantize.MEDIANCUT)
+        return image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG), b""
+    index = np.zeros(alpha.shape, np.uint8)
+    entries, alphas = b"", b""
+    levels, counts = np.unique(alpha, return_counts=True)
+    visible = max(1, int(counts[levels > 0].sum()))
+    for level, count in zip(levels, counts, strict=True):
+        size = 1 + (int((colours - len(levels)) * count / visible) if level else 0)  # nobody sees what is transparent
+        part = Image.fromarray(restored[alpha == level][np.newaxis]).quantize(size, Image.Quantize.MEDIANCUT)
+        index[alpha == level] = np.asarray(part)[0] + len(alphas)
+        used = (part.getpalette() or [])[: 3 * (int(np.asarray(part).max()) + 1)]
+        entries += bytes(used)
+        alphas += bytes([level]) * (len(used) // 3)
+    image = Image.fromarray(index)
+    image.putpalette(entries)  # which makes it mode P
+    return image, alphas
+
+
+def _three(gray: Pixels) -> Pixels:
+    return np.repeat(gray[:, :, np.newaxis], 3, axis=2)
+
+
+def _bands(shape: tuple[int, ...]) -> list[slice]:
+    step = max(1, _BAND_PIXELS // max(1, shape[1]))
+    return [slice(top, top + step) for top in range(0, shape[0], step)]

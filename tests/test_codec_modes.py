@@ -1,0 +1,334 @@
+"""Formats and modes beyond 8-bit grey and RGB: same mode and depth out, what did not change is kept."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, ImageOps
+
+from restore_core.codec import decode, encode, without_metadata
+from restore_core.errors import ItemError
+
+SOFTWARE = "restore_core (model tiny)"
+ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+HEIGHT, WIDTH = 24, 40
+AREA = np.s_[4:12, 6:20]
+"""What the tests change; the rest has to stay."""
+REST = np.ones((HEIGHT, WIDTH), bool)
+REST[AREA] = False
+
+
+def smooth(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x * 255 // (width - 1), y * 255 // (height - 1), 255 - x * 128 // (width - 1)], -1).astype(
+        np.uint8
+    )
+
+
+def alpha() -> np.ndarray:
+    return np.repeat(np.linspace(0, 255, WIDTH).astype(np.uint8)[None], HEIGHT, axis=0)
+
+
+def saved(image: Image.Image, name: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, name, **options)
+    return file.getvalue()
+
+
+def opened(data: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    return image
+
+
+def changed(source: bytes, colour: tuple[int, int, int] = (200, 120, 40)) -> bytes:
+    """The file with `AREA` in another colour."""
+    picture = decode(source)
+    pixels = picture.pixels.copy()
+    pixels[AREA] = colour
+    return encode(pixels, source, picture=picture, software=SOFTWARE)
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> int:
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+# --- 16 bits a channel -----------------------------------------------------------------------------------------------
+
+
+def deep_values(channels: int) -> np.ndarray:
+    return np.random.default_rng(channels).integers(0, 65_536, (HEIGHT, WIDTH, channels), np.uint16)
+
+
+def deep_png(values: np.ndarray, *extra: tuple[bytes, bytes]) -> bytes:
+    height, width, channels = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    chunks = [(b"IHDR", header), *extra, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+
+
+def deep_png_values(png: bytes) -> np.ndarray:
+    """By hand, with the two filters that are in use here: none, and up."""
+    at, packed = 8, b""
+    while at < len(png):
+        size = struct.unpack_from(">I", png, at)[0]
+        if png[at + 4 : at + 8] == b"IHDR":
+            width, height, depth, colour = struct.unpack_from(">IIBB", png, at + 8)
+        if png[at + 4 : at + 8] == b"IDAT":
+            packed += png[at + 8 : at + 8 + size]
+        at += size + 12
+    assert depth == 16
+    lines = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(height, -1)
+    rows = np.zeros((height, lines.shape[1] - 1), np.uint8)
+    for index, line in enumerate(lines):
+        assert line[0] in (0, 2)
+        rows[index] = line[1:] + (rows[index - 1] if line[0] == 2 and index else 0)
+    return rows.copy().view(">u2").reshape(height, width, {2: 3, 6: 4}[colour]).astype(np.uint16)
+
+
+def deep_tiff(values: np.ndarray, **options: object) -> bytes:
+    import tifffile
+
+    file = io.BytesIO()
+    extra = ["unassalpha"] if values.shape[2] == 4 else None
+    tifffile.imwrite(file, values, photometric="rgb", extrasamples=extra, metadata=None, **options)
+    return file.getvalue()
+
+
+def tiff_values(tiff: bytes) -> np.ndarray:
+    import tifffile
+
+    return tifffile.imread(io.BytesIO(tiff))
+
+
+DEEP = {
+    "PNG RGB": (deep_png(deep_values(3)), deep_png_values, 3),
+    "PNG RGBA": (deep_png(deep_values(4)), deep_png_values, 4),
+    "TIFF RGB": (deep_tiff(deep_values(3)), tiff_values, 3),
+    "TIFF RGB big-endian": (deep_tiff(deep_values(3), byteorder=">"), tiff_values, 3),
+    "TIFF RGB deflate": (deep_tiff(deep_values(3), compression="zlib", rowsperstrip=5), tiff_values, 3),
+    "TIFF RGB deflate big-endian": (deep_tiff(deep_values(3), byteorder=">", compression="zlib"), tiff_values, 3),
+    "TIFF RGBA": (deep_tiff(deep_values(4)), tiff_values, 4),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_16_bit_colour_keeps_all_bits_where_nothing_changes(name: str) -> None:
+    source, values_of, channels = DEEP[name]
+    picture = decode(source)
+    truth = deep_values(channels)
+    assert picture.mode == "RGBA"[:channels] and picture.native is not None
+    assert np.array_equal(picture.native, truth)
+    assert np.array_equal(picture.pixels, np.round(truth[:, :, :3] / 257).astype(np.uint8))
+    after = values_of(changed(source))
+    assert after.dtype == np.uint16 and np.array_equal(after[REST], truth[REST])
+    assert difference(after[AREA][..., :3], 257 * np.array([200, 120, 40])) <= 128
+    assert np.array_equal(after[..., 3:], truth[..., 3:])  # alpha untouched
+    assert np.array_equal(values_of(without_metadata(source, picture=picture)), truth)
+
+
+def test_16_bit_colour_keeps_its_profile_and_way_up() -> None:
+    source = deep_png(
+        deep_values(3), (b"iCCP", b"sRGB\0\0" + zlib.compress(ICC)), (b"pHYs", struct.pack(">IIB", 300, 300, 1))
+    )
+    after = opened(changed(source))
+    assert after.info["icc_profile"] == ICC and after.info["dpi"] == pytest.approx((7.62, 7.62))
+    tiff = opened(changed(deep_tiff(deep_values(3), extratags=[(274, 3, 1, 6, True)], iccprofile=ICC)))
+    assert tiff.info["icc_profile"] == ICC and decode(changed(DEEP["TIFF RGB"][0])).native is not None
+    turned = deep_tiff(deep_values(3), extratags=[(274, 3, 1, 6, True)])
+    picture = decode(turned)
+    assert (picture.orientation, picture.width, picture.height) == (6, WIDTH, HEIGHT)
+    assert np.array_equal(picture.native, deep_values(3))
+    assert decode(changed(turned)).orientation == 6
+    assert np.array_equal(tiff_values(changed(turned))[REST], deep_values(3)[REST])
+
+
+# --- CMYK and LAB ----------------------------------------------------------------------------------------------------
+
+
+def inks() -> np.ndarray:
+    values = np.random.default_rng(5).integers(0, 256, (HEIGHT // 8, WIDTH // 8, 4), np.uint8)
+    return np.asarray(Image.frombytes("CMYK", (WIDTH // 8, HEIGHT // 8), values.tobytes()).resize((WIDTH, HEIGHT)))
+
+
+def test_cmyk_tiff_keeps_its_inks_where_nothing_changes() -> None:
+    source = saved(Image.frombytes("CMYK", (WIDTH, HEIGHT), inks().tobytes()), "TIFF", compression="tiff_lzw")
+    after = opened(changed(source))
+    assert after.mode == "CMYK" and np.array_equal(np.asarray(after)[REST], inks()[REST])
+    assert difference(np.asarray(after.convert("RGB"))[AREA], np.array([200, 120, 40])) <= 2
+    black = np.asarray(after)[AREA][..., 3]
+    assert (black <= inks()[AREA][..., 3]).all()  # lighter where it has to be, never more
+
+
+@pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (255, 0, 0), (1, 2, 3)])
+def test_every_colour_can_be_printed(colour: tuple[int, int, int]) -> None:
+    source = saved(Image.frombytes("CMYK", (WIDTH, HEIGHT), inks().tobytes()), "TIFF")
+    assert difference(np.asarray(opened(changed(source, colour)).convert("RGB"))[AREA], np.array(colour)) <= 2
+
+
+def test_cmyk_jpeg_stays_adobes() -> None:
+    source = saved(Image.frombytes("CMYK", (WIDTH, HEIGHT), inks().tobytes()), "JPEG", quality=95)
+    before, after = opened(source), opened(changed(source))
+    assert after.mode == "CMYK" and after.info["adobe_transform"] == before.info["adobe_transform"]
+    far = np.ones((HEIGHT, WIDTH), bool)
+    far[:16, :24] = False  # blocks of 8 around the change
+    assert difference(np.asarray(after)[far], np.asarray(before)[far]) <= 6
+
+
+def test_cmyk_jpeg_that_may_or_may_not_be_inverted_is_refused() -> None:
+    source = saved(Image.frombytes("CMYK", (WIDTH, HEIGHT), inks().tobytes()), "JPEG", quality=95)
+    at = source.index(b"Adobe") - 4
+    bare = source[:at] + source[at + 2 + struct.unpack_from(">H", source, at + 2)[0] :]
+    with pytest.raises(ItemError, match="unsupported: CMYK JPEG that does not say whether its inks are inverted"):
+        decode(bare)
+
+
+def test_lab_keeps_its_values_where_nothing_changes() -> None:
+    to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+    pixels = smooth() // 2 + 64  # colours that LAB and sRGB both know
+    lab = to_lab.apply(Image.fromarray(pixels))
+    source = saved(lab, "TIFF", compression="tiff_adobe_deflate")
+    picture = decode(source)
+    assert picture.mode == "LAB" and difference(picture.pixels, pixels) <= 14  # one step of 8-bit LAB
+    after = opened(changed(source))
+    assert after.mode == "LAB" and np.array_equal(np.asarray(after)[REST], np.asarray(lab)[REST])
+    assert difference(decode(changed(source)).pixels[AREA], np.array([200, 120, 40])) <= 6
+
+
+# --- Palettes and transparent colours --------------------------------------------------------------------------------
+
+
+def palette_image(colours: int) -> Image.Image:
+    return Image.fromarray(smooth()).quantize(colours)
+
+
+@pytest.mark.parametrize(
+    ("name", "colours", "options"),
+    [("PNG", 256, {}), ("PNG", 16, {"bits": 4}), ("PNG", 4, {"bits": 2}), ("GIF", 256, {}), ("BMP", 256, {}),
+     ("TIFF", 256, {})],
+    ids=str,
+)  # fmt: skip
+def test_a_palette_stays_a_palette_of_the_same_depth(name: str, colours: int, options: dict[str, object]) -> None:
+    source = saved(palette_image(colours), name, **options)
+    before, after = opened(source), opened(changed(source))
+    assert (before.format, before.mode, before.size) == (after.format, after.mode, after.size) and after.mode == "P"
+    assert np.asarray(after).max() < colours
+    if name == "PNG":
+        assert changed(source)[24:26] == source[24:26]
+    pixels = np.asarray(after.convert("RGB")).astype(int)
+    limit = {256: 24, 16: 60, 4: 130}[colours]
+    assert np.abs(pixels[REST] - np.asarray(before.convert("RGB"))[REST]).mean() <= limit / 4
+    assert np.abs(pixels[AREA].mean(axis=(0, 1)) - [200, 120, 40]).max() <= limit
+
+
+@pytest.mark.parametrize("levels", [2, 9])
+def test_alpha_of_a_palette_is_untouched(levels: int) -> None:
+    steps = np.linspace(0, 255, levels).astype(np.uint8)
+    clear = steps[np.arange(WIDTH) * levels // WIDTH][None].repeat(HEIGHT, 0)
+    index = (np.arange(WIDTH) * levels // WIDTH)[None].repeat(HEIGHT, 0) * 20 + np.arange(HEIGHT)[:, None] % 20
+    image = Image.fromarray(index.astype(np.uint8))
+    image.putpalette(np.random.default_rng(1).integers(0, 256, 3 * levels * 20, np.uint8).tobytes())
+    source = saved(image, "PNG", transparency=bytes(np.repeat(steps, 20)))
+    assert np.array_equal(decode(source).alpha, clear)
+    after = opened(changed(source))
+    assert after.mode == "P" and np.array_equal(np.asarray(after.convert("RGBA"))[..., 3], clear)
+    seen = (clear > 0) & REST
+    assert np.abs(np.asarray(after.convert("RGBA"))[..., :3].astype(int) - decode(source).pixels)[seen].mean() < 12
+
+
+def test_a_transparent_gif_stays_transparent() -> None:
+    image = palette_image(200)
+    index = np.asarray(image).copy()
+    index[:, 30:] = 200
+    clear = Image.fromarray(index)
+    clear.putpalette([*image.getpalette()[:600], 1, 2, 3])
+    source = saved(clear, "GIF", transparency=200, comment=b"Ann at home")
+    after = opened(changed(source))
+    assert np.array_equal(
+        np.asarray(after.convert("RGBA"))[..., 3], np.where(np.arange(WIDTH) < 30, 255, 0)[None].repeat(HEIGHT, 0)
+    )
+    assert after.info["comment"] == b"Ann at home"
+    bare = without_metadata(source, picture=decode(source))
+    assert b"Ann" not in bare and np.array_equal(
+        np.asarray(opened(bare).convert("RGBA")), np.asarray(opened(source).convert("RGBA"))
+    )
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_one_transparent_colour_stays_where_it_was(mode: str) -> None:
+    pixels = np.asarray(Image.fromarray(smooth()).convert(mode)).copy()
+    key = (200, 120, 40) if mode == "RGB" else 135  # what `changed` paints, so that it comes upon it by chance
+    pixels[15:20, 30:] = key
+    source = saved(Image.fromarray(pixels), "PNG", transparency=key)
+    before, after = (np.asarray(opened(data).convert("RGBA"))[..., 3] for data in (source, changed(source)))
+    assert (before == 0).any() and np.array_equal(before, after)
+    assert changed(source).count(b"tRNS") == 1 and opened(changed(source)).mode == mode
+    assert difference(np.asarray(opened(changed(source)))[AREA], np.array(key)) <= 1
+
+
+# --- AVIF and JPEG 2000 ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_avif_of_every_orientation_is_shown_the_same_way_up(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[274], exif[271] = orientation, "Camera"
+    source = saved(Image.fromarray(smooth()), "AVIF", quality=90, exif=exif.tobytes(), icc_profile=ICC, xmp=b"<x/>")
+    picture = decode(source)
+    assert (picture.orientation or 1, picture.width, picture.height) == (orientation, WIDTH, HEIGHT)
+    after = encode(picture.pixels, source, picture=picture, software=SOFTWARE)
+    image = opened(after)
+    assert image.info["icc_profile"] == ICC and image.info["xmp"] == b"<x/>"
+    assert image.getexif()[271] == "Camera" and image.getexif()[305] == SOFTWARE
+    shown = [np.asarray(ImageOps.exif_transpose(opened(data))) for data in (source, after)]
+    assert shown[0].shape == shown[1].shape and difference(*shown) <= 8
+
+
+def test_avif_keeps_alpha_as_it_is() -> None:
+    source = saved(Image.fromarray(np.dstack([smooth(), alpha()])), "AVIF", quality=90)
+    before, after = opened(source), opened(changed(source))
+    assert after.mode == "RGBA" and np.array_equal(np.asarray(before)[..., 3], np.asarray(after)[..., 3])
+
+
+def test_avif_of_a_grey_mode_stays_grey() -> None:
+    source = saved(Image.fromarray(smooth()).convert("L"), "AVIF", quality=90)
+    assert opened(source).mode == opened(changed(source)).mode
+
+
+@pytest.mark.parametrize("container", [True, False])
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+def test_jpeg_2000_without_loss_stays_without(mode: str, container: bool) -> None:
+    bands = np.dstack([smooth(), alpha()])
+    values = {"L": bands[..., 0], "LA": bands[..., [0, 3]], "RGB": smooth(), "RGBA": bands}[mode]
+    source = saved(Image.fromarray(values), "JPEG2000", no_jp2=not container)
+    before, after = opened(source), opened(changed(source))
+    if before.mode == mode:  # a bare codestream does not say which channel is alpha
+        assert after.mode == mode
+    assert changed(source)[:4] == source[:4]
+    assert np.array_equal(np.asarray(after)[REST], np.asarray(before)[REST])
+    assert np.array_equal(decode(without_metadata(source, picture=decode(source))).pixels, decode(source).pixels)
+
+
+def test_jpeg_2000_with_loss_loses_nothing_that_is_seen() -> None:
+    source = saved(
+        Image.fromarray(smooth(120, 160)), "JPEG2000", irreversible=True, quality_mode="rates", quality_layers=[20]
+    )
+    picture = decode(source)
+    after = decode(encode(picture.pixels, source, picture=picture, software=SOFTWARE))
+    assert np.abs(after.pixels.astype(int) - picture.pixels).mean() < 0.7
+    assert difference(after.pixels, picture.pixels) <= 4
+
+
+def test_jpeg_2000_keeps_the_boxes_around_its_pixels() -> None:
+    plain = saved(Image.fromarray(smooth()), "JPEG2000")
+    at = plain.index(b"jp2c") - 4
+    box = struct.pack(">I4s", 8 + 16 + 5, b"uuid") + bytes(range(16)) + b"<x/>!"
+    source = plain[:at] + box + plain[at:]
+    assert box in changed(source)
+    assert box not in without_metadata(source, picture=decode(source))
+    assert np.array_equal(decode(changed(source)).pixels[REST], smooth()[REST])

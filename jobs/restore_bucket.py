@@ -37,6 +37,9 @@ class RestoreBucket:
     """Larger pictures are refused as too_large, before they are decoded. Megapixels."""
     strip_metadata: bool = False
     """Drop EXIF, XMP and texts (the ICC profile and the orientation stay)."""
+    frames: Literal["refuse", "first", "all"] = "refuse"
+    """Animations and files of several pages: refuse them, restore the first picture alone (the others are left out of
+    the output), or all."""
     repair: str = "noise,flips,patches,gray"
     """Kinds of damage to repair; what the others did stays. Without gray, what lost its colour stays gray."""
     self_ensemble: bool = False
@@ -80,6 +83,7 @@ def main(job: RestoreBucket) -> int:
         batch_size=job.batch_size,
         max_pixels=int(job.max_megapixels * 1e6),
         strip_metadata=job.strip_metadata,
+        frames=job.frames,
         repair=parse_repair(job.repair),
         self_ensemble=job.self_ensemble,
         max_change=job.max_change,

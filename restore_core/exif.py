@@ -118,3 +118,59 @@ def _append_ifd(tiff: bytearray, entries: Iterable[Entry], following: int) -> in
 def write_first_ifd(tiff: bytearray, entries: Iterable[Entry], following: int) -> None:
     at = _append_ifd(tiff, entries, following)
     struct.pack_into(_order(tiff) + "I", tiff, 4, at)
+
+
+# --- Pages -----------------------------------------------------------------------------------------------------------
+
+_MAX_PAGES = 10_000
+_PIXEL_PLACES = ((273, 279), (324, 325))
+"""Tags of where strips or tiles are, and of their sizes in bytes."""
+
+
+def pages(tiff: bytes) -> list[bytes]:
+    """Take a TIFF file of several pages apart into files of one page, with their tags and their compressed pixels.
+
+    Raises ValueError, struct.error.
+    """
+    found: list[bytes] = []
+    seen: set[int] = set()
+    at = first_ifd(tiff)
+    while at:
+        if at in seen or len(found) == _MAX_PAGES:
+            raise ValueError("its pages form a loop, or are too many")
+        seen.add(at)
+        page = bytearray(tiff[:4] + bytes(4))
+        struct.pack_into(_order(tiff) + "I", page, 4, _copy_page(tiff, at, page))
+        found.append(bytes(page))
+        _, at = read_ifd(tiff, at)
+    return found
+
+
+def joined(pages: list[bytes]) -> bytes:
+    """Put files of one page and the same byte order together into one. Raises ValueError, struct.error."""
+    tiff, link = bytearray(pages[0][:4] + bytes(4)), 4
+    for page in pages:
+        at = _copy_page(page, first_ifd(page), tiff)
+        struct.pack_into(_order(tiff) + "I", tiff, link, at)
+        link = at + 2 + 12 * struct.unpack_from(_order(tiff) + "H", tiff, at)[0]
+    return bytes(tiff)
+
+
+def _copy_page(source: bytes, at: int, tiff: bytearray) -> int:
+    """Append a directory with all that it points to; return its offset."""
+    entries = {entry.tag: entry for entry in read_ifd(source, at)[0]}
+    if 513 in entries:
+        raise ValueError("its pixels are old-style JPEG")
+    for place, size in _PIXEL_PLACES:
+        if place not in entries:
+            continue
+        if size not in entries:
+            raise ValueError("the sizes of its strips are missing")
+        starts, lengths = [], entries[size].integers(source)
+        for start, length in zip(entries[place].integers(source), lengths, strict=True):
+            tiff += bytes(len(tiff) % 2)
+            starts.append(len(tiff))
+            tiff += source[start : start + length]
+        for tag, values in ((place, starts), (size, lengths)):
+            entries[tag] = Entry(tag, 4, len(values), struct.pack(f"{_order(source)}{len(values)}I", *values))
+    return _append_ifd(tiff, [moved(entry, source, tiff) for entry in entries.values()], 0)

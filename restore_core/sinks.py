@@ -24,6 +24,7 @@ def encode(
     source: bytes,
     picture: codec.Picture,
     restored: Pixels,
+    codecs: codec.Processes,
     *,
     strip_metadata: bool,
     max_change: float | None = None,
@@ -39,16 +40,21 @@ def encode(
     change = float(np.abs(restored.astype(np.int16) - picture.pixels).mean())
     if max_change is not None and change > max_change:
         raise ItemError("model", f"the result differs by {change:.1f} of 255, over --max-change; the original is kept")
-    data = codec.encode(
+    data = codecs.encode(
         restored,
         source,
         picture=picture,
-        software=f"{SOFTWARE} (model {row.model[:12]})",
+        software=software(row),
         strip_metadata=strip_metadata,
     )
     row.status = "restored"
     row.change = change
     return data
+
+
+def software(row: Row) -> str:
+    """What the EXIF tag Software of a restored file says."""
+    return f"{SOFTWARE} (model {row.model[:12]})"
 
 
 def write(row: Row, data: bytes, output: Storage) -> None:

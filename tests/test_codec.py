@@ -217,7 +217,7 @@ RGB = Image.new("RGB", (4, 4))
         (png_header(4, 4, 16, 4), "PNG with 16 bits a channel and alpha"),
         (png_header(4, 4, 4, 0), "PNG with 4 bits a channel"),
         (file_of(RGB, "BMP")[:28] + b"\x10" + file_of(RGB, "BMP")[29:], "BMP with 16 bits a pixel"),
-        (frames("GIF"), "GIF with 2 frames or pages; split it"),
+        (frames("GIF"), "GIF with 2 frames or pages; use --frames, or split it"),
         (frames("PNG"), "PNG with 2 frames or pages"),
         (frames("WEBP"), "WEBP with 2 frames or pages"),
         (frames("TIFF"), "TIFF with 2 frames or pages"),

@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import skimage.data
-from broken_decoders import break_decoders
+import tifffile
+from broken_codecs import break_codecs
 from photos import write_tree
 from PIL import Image
 from processes import descendants, wait_for
@@ -60,6 +61,13 @@ def encoded(image: Image.Image, format: str = "JPEG", **options: Any) -> bytes:
     return file.getvalue()
 
 
+def deep_colour(seed: int) -> bytes:
+    file = io.BytesIO()
+    values = np.asarray(photograph(24, 20, seed)).astype(np.uint16) * 257
+    tifffile.imwrite(file, values, photometric="rgb", metadata=None)
+    return file.getvalue()
+
+
 GOOD = {
     "one pixel.png": encoded(photograph(1, 1), "PNG"),
     "a/tiny.jpg": encoded(photograph(5, 7, 1)),
@@ -73,6 +81,15 @@ GOOD = {
     "old.bmp": encoded(photograph(30, 20, 8), "BMP"),
     "a png in truth.jpg": encoded(photograph(9, 9, 9), "PNG"),
     "no extension": encoded(photograph(9, 9, 10)),
+    "palette.png": encoded(photograph(20, 24, 11).quantize(64), "PNG"),
+    "palette.bmp": encoded(photograph(20, 24, 12).quantize(256), "BMP"),
+    "one picture.gif": encoded(photograph(20, 24, 13).quantize(200), "GIF"),
+    "inks.jpg": encoded(photograph(24, 20, 14).convert("CMYK")),
+    "inks.tif": encoded(photograph(24, 20, 15).convert("CMYK"), "TIFF"),
+    "lab.tif": encoded(photograph(24, 20, 16).convert("LAB"), "TIFF"),
+    "deep colour.tif": deep_colour(17),
+    "photo.avif": encoded(photograph(24, 20, 18), "AVIF"),
+    "photo.jp2": encoded(photograph(24, 20, 19), "JPEG2000"),
 }
 HOSTILE = {
     name: encoded(photograph(8, 8, seed))
@@ -82,6 +99,7 @@ HOSTILE = {
             "per%2Fcent%.jpg",
             "light \U0001f4a1.jpg",
             "<img onerror=x>.jpg",
+            "'quo\"ted'.jpg",
             "..dots..in..it.jpg",
             "new\nline.jpg",
             "üml.JPG",
@@ -272,7 +290,10 @@ def test_separate_processes_give_the_same_bytes(tree: tuple[Path, Path], tmp_pat
         assert row.sigma is None or row.sigma == pytest.approx(other.sigma, rel=1e-4)
 
 
-@pytest.mark.parametrize("key", ["alpha.png", "grey.jpg", "sixteen bit.png", "turned"])
+@pytest.mark.parametrize(
+    "key",
+    ["alpha.png", "grey.jpg", "sixteen bit.png", "deep colour.tif", "inks.tif", "lab.tif", "palette.png", "turned"],
+)
 def test_nothing_is_lost_between_processes(key: str) -> None:
     from restore_core.pipelines import stages
 
@@ -290,6 +311,54 @@ def test_nothing_is_lost_between_processes(key: str) -> None:
     np.testing.assert_array_equal(after.restored, item.restored)
     for name, value in vars(picture).items():
         np.testing.assert_array_equal(getattr(after.picture, name), value, name)
+
+
+def test_frames_and_pages_are_restored_one_by_one(tmp_path: Path, run: Run, small_model: Models) -> None:
+    from restore_core.pipelines.restoration import build_dataset, object_units
+    from restore_core.pipelines.stages import RestoreRun
+
+    pages = [photograph(20, 24, 1), photograph(9, 5, 2, "L"), photograph(30, 30, 3, "RGBA")]
+    files = {
+        "animated.gif": encoded(photograph(8, 8), "GIF", save_all=True, append_images=[photograph(8, 8, 1)]),
+        "pages.tif": encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:]),
+        "one.jpg": GOOD["a/tiny.jpg"],
+    }
+    source = write_tree(tmp_path / "in", files)
+    assert run(source, tmp_path / "out", max_failed_share=1.0) == 0
+    assert {key: row.error for key, row in ledger_of(tmp_path / "out").items()} == {
+        "animated.gif": "unsupported", "one.jpg": None, "pages.tif": "unsupported",
+    }  # fmt: skip
+    assert run(source, tmp_path / "out", frames="all") == 0
+    rows = assert_closed(tmp_path / "out", set(files))
+    assert {row.status for row in rows.values()} == {"restored"}
+    assert (rows["pages.tif"].width, rows["pages.tif"].height, rows["pages.tif"].mode) == (24, 20, "RGB")
+    with Image.open(tmp_path / "out/animated.gif") as image:
+        assert image.n_frames == 2
+    with Image.open(tmp_path / "out/pages.tif") as image:
+        for index, page in enumerate(pages):
+            image.seek(index)
+            assert (image.size, image.mode) == (page.size, page.mode)
+            assert not np.array_equal(np.asarray(image), np.asarray(page))
+    plan = RestoreRun(
+        input=LocalStorage(source), output=LocalStorage(tmp_path / "gpu"), model=checkpoint.read(str(small_model(1))),
+        device="cpu", threads=1, max_pixels=100_000, strip_metadata=False, frames="all",
+    )  # fmt: skip
+    work = [
+        Row(key=row.key, size=row.size, etag=row.etag, model=row.model, options="o", run_id="r")
+        for row in rows.values()
+    ]
+    dataset = build_dataset(list(object_units(work, 4)), plan, actors=1, batch_size=4, separate=True, gpus=0)
+    found = [
+        row
+        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+        for row in manifest.rows_of(table)
+    ]
+    assert {row.key: row.output_sha256 for row in found} == {key: row.output_sha256 for key, row in rows.items()}
+    assert run(source, tmp_path / "out", frames="first") == 0
+    rows = assert_closed(tmp_path / "out", set(files))
+    assert rows["pages.tif"].message == "the first of 3 frames or pages; the others are left out"
+    with Image.open(tmp_path / "out/pages.tif") as image:
+        assert image.n_frames == 1
 
 
 # --- Started again -------------------------------------------------------------------------------------------------
@@ -649,20 +718,20 @@ def test_an_object_that_kills_its_worker_costs_only_itself(
     assert failed[0].message == restoration.LOST_ROW
 
 
-def test_broken_decoders_cost_only_their_objects(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_codecs_cost_only_their_objects(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from restore_core.pipelines import restoration
 
-    site = str(break_decoders(tmp_path / "site"))
+    site = str(break_codecs(tmp_path / "site"))
 
     class Broken:
         """In the worker, where nothing is patched."""
 
         def __init__(self, *arguments: Any) -> None:
-            from restore_core.codec import child
+            from restore_core.codec import processes
             from restore_core.pipelines.restoration import RestoreUnit
 
             sys.path.insert(0, site)
-            child.SECONDS = 5
+            processes.SECONDS = 5
             self.restore = RestoreUnit(*arguments)
 
         def __call__(self, unit: pa.Table) -> pa.Table:

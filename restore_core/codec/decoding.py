@@ -2,12 +2,13 @@
 
 import contextlib
 import io
+import math
 import struct
 import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -16,10 +17,14 @@ from PIL.TiffImagePlugin import TiffImageFile
 from restore_core import exif
 from restore_core.codec import colour, jpeg2000
 from restore_core.codec.colour import Native, Pixels
+from restore_core.codec.frames import split
 from restore_core.errors import ErrorClass, ItemError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000")
 """What Pillow may open at all. It opens MPO as JPEG."""
+
+Frames = Literal["refuse", "first", "all"]
+"""What to do with files of several pictures: refuse them, take the first picture alone, or all of them."""
 
 DEFAULT_MAX_PIXELS = 89_478_485
 """Where Pillow begins to warn of decompression bombs."""
@@ -59,10 +64,35 @@ class Picture:
     native: Native | None = None
     """The file's own values where `pixels` is only the nearest 8-bit RGB: uint16 [H, W] (grey) or [H, W, 3 or 4] (RGB,
     alpha), uint8 [H, W, 4] (CMYK) or [H, W, 3] (LAB); else None."""
+    left_out: int = 0
+    """Further frames or pages of the file."""
 
 
-def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Picture:
-    """Decode one file.
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One picture of a file that may hold several."""
+
+    picture: Picture
+    source: bytes | None = None
+    """The frame or page as a file of its own; None where it is the file itself."""
+
+
+def decode_frames(data: bytes, *, max_pixels: int, frames: Frames = "refuse") -> list[Frame]:
+    """Decode one file of one or several pictures: see `Frames`. Raises ItemError like `decode`."""
+    image = open_header(data, max_pixels=max_pixels)
+    with _decoding(data):
+        several = frames == "all" and getattr(image, "n_frames", 1) > 1
+        parts = split(image, data, max_pixels) if several else []
+    if not several:
+        return [Frame(decode(data, max_pixels=max_pixels, frames=frames))]
+    total = sum(math.prod(open_header(part, max_pixels=max_pixels).size) for part in parts)
+    if total > max_pixels:
+        raise ItemError("too_large", f"{len(parts)} pages of {total} pixels are over the budget of {max_pixels} pixels")
+    return [Frame(decode(part, max_pixels=max_pixels), part) for part in parts]
+
+
+def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, frames: Frames = "refuse") -> Picture:
+    """Decode one file of one picture, or the first one of several.
 
     Raises ItemError: `not_an_image`, `truncated`, `decode` (broken), `too_large` (more than `max_pixels`, known from
     the header, nothing is decoded), `unsupported` (this version could not write it back whole), `out_of_memory`.
@@ -72,10 +102,11 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Picture:
     if width * height > max_pixels:
         raise ItemError("too_large", f"{width} x {height} pixels are over the budget of {max_pixels} pixels")
     with _decoding(data):
-        frames = getattr(image, "n_frames", 1)
-    if reason := _unsupported(image, data, frames):
+        count = getattr(image, "n_frames", 1)
+    if reason := _unsupported(image, data, 1 if frames == "first" else count):
         if _is_cut_off(data):  # the reason may be no more than a missing end, such as half of a BMP's grey palette
-            raise _cut_off(data)
+            with _decoding(data):
+                image.load()
         raise ItemError("unsupported", reason)
     turned = _tiff_orientation(image)  # which loading forgets
     native: Native | None
@@ -96,6 +127,7 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Picture:
         gray=image.mode in GRAY_MODES,
         orientation=_valid(turned) or _orientation(image),
         native=native,
+        left_out=count - 1,
     )
 
 
@@ -207,6 +239,7 @@ _MODE_NAMES = {
 }  # fmt: skip
 _FORMAT_MODES = {
     "JPEG": ("L", "RGB", "CMYK"),
+    "MPO": ("L", "RGB"),
     "PNG": ("L", "LA", "RGB", "RGBA", "P", *DEEP_MODES),
     "WEBP": ("RGB", "RGBA"),
     "TIFF": MODES,
@@ -222,7 +255,7 @@ def _unsupported(image: ImageFile.ImageFile, data: bytes, frames: int) -> str | 
     """Return why the file could not be written back whole, and what to do; None if it can."""
     convert = "convert it to 8-bit grey, RGB or RGBA first"
     if frames > 1:
-        return f"{image.format} with {frames} frames or pages; split it into single pictures first"
+        return f"{image.format} with {frames} frames or pages; use --frames, or split it into single pictures first"
     if image.mode not in _FORMAT_MODES.get(image.format or "", ()):
         return f"{image.format} with {_MODE_NAMES.get(image.mode, image.mode)}; {convert}"
     xmp = image.info.get("xmp")

@@ -3,7 +3,7 @@
 import io
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +14,8 @@ from PIL.TiffImagePlugin import TiffImageFile
 from restore_core import exif
 from restore_core.codec import colour, jpeg2000
 from restore_core.codec.colour import Native, Pixels
-from restore_core.codec.decoding import BROKEN_FILE, Picture, one_line, open_header
+from restore_core.codec.decoding import BROKEN_FILE, Picture, decode, one_line, open_header
+from restore_core.codec.frames import animation_options
 from restore_core.errors import ItemError
 
 
@@ -121,6 +122,72 @@ def without_metadata(source: bytes, *, picture: Picture) -> bytes:
     return encode(picture.pixels, source, picture=picture, software="", strip_metadata=True)  # lossless formats
 
 
+def join(parts: list[bytes], source: bytes, *, software: str, strip_metadata: bool = False) -> bytes:
+    """Put the frames or pages of a file together again, restored or not.
+
+    Args:
+        parts: files of one picture each, as `codec.decode_frames` made them or as `encode` wrote them.
+        source: the file that they come from, whose timing, loops and metadata are taken.
+        software, strip_metadata: see `encode`.
+
+    Raises ItemError `encode`.
+    """
+    original = open_header(source)
+    try:
+        if isinstance(original, TiffImageFile):
+            return exif.joined(_in_one_byte_order(parts, software))
+        options = animation_options(original)
+        images = [Image.open(io.BytesIO(part), formats=["PNG"]) for part in parts]
+        orientation = original.getexif().get(exif.ORIENTATION)
+        if strip_metadata:
+            block = exif.stripped(orientation if isinstance(orientation, int) else None)
+        else:
+            stored = _png_exif(original, source) if original.format == "PNG" else original.info.get("exif")
+            block = exif.annotated(exif.bare(stored), software)
+        if original.format == "GIF":
+            if not strip_metadata and "comment" in original.info:
+                options["comment"] = original.info["comment"]
+            return _saved_frames([_gif_frame(image) for image in images], "GIF", options)
+        if original.format == "PNG":
+            png = _saved_frames(images, "PNG", options | {"compress_level": 1})
+            return _png_like(source, list(_png_chunks(png)), [], block, strip_metadata)
+        options |= {"icc_profile": original.info.get("icc_profile"), "exif": block}
+        options |= {"xmp": b"" if strip_metadata else original.info.get("xmp", b"")}
+        clear = images[0].mode == "RGBA"
+        if original.format == "AVIF":
+            options |= {"quality": 100 if clear else 95, "subsampling": "4:4:4"}
+        else:
+            options |= _webp_quality(source) | {"exact": True, "alpha_quality": 100}
+        return _saved_frames(images, str(original.format), options)
+    except (*BROKEN_FILE, MemoryError) as error:
+        raise ItemError("encode", one_line(f"cannot join the frames: {error or type(error).__name__}")) from error
+
+
+def _in_one_byte_order(parts: list[bytes], software: str) -> list[bytes]:
+    """Pages that were not restored may be big-endian; restored ones never are."""
+    if len({part[:2] for part in parts}) == 1:
+        return parts
+    pictures = [decode(part) if part[:2] == b"MM" else None for part in parts]
+    return [
+        part if picture is None else encode(picture.pixels, part, picture=picture, software=software)
+        for part, picture in zip(parts, pictures, strict=True)
+    ]
+
+
+def _saved_frames(images: Sequence[Image.Image], format: str, options: dict[str, object]) -> bytes:
+    return _saved(images[0], format, append_images=images[1:], **options)
+
+
+def _gif_frame(image: Image.Image) -> Image.Image:
+    pixels, alpha, _ = colour.rgb_of(image)
+    if alpha is not None:
+        alpha = np.where(alpha < 128, 0, 255).astype(np.uint8)
+    image, alphas = colour.with_palette(pixels, alpha, 256)
+    if 0 in alphas:
+        image.info["transparency"] = alphas.index(0)
+    return image
+
+
 def _strip_jpeg(source: bytes, block: bytes) -> bytes:
     kept, at = [source[:2]], 2
     while at + 4 <= len(source) and source[at + 1] != 0xDA:  # start of scan: the rest is pixels
@@ -214,9 +281,6 @@ def _segments(original: JpegImageFile) -> bytes:
 
 def _encode_webp(image: Image.Image, original: ImageFile.ImageFile, source: bytes, block: bytes, strip: bool) -> bytes:
     info = original.info
-    options: dict[str, object] = (
-        {"lossless": True, "quality": 20, "method": 1} if _lossless(source) else {"quality": 95}
-    )
     return _saved(
         image,
         "WEBP",
@@ -225,18 +289,26 @@ def _encode_webp(image: Image.Image, original: ImageFile.ImageFile, source: byte
         icc_profile=info.get("icc_profile"),
         exif=block,
         xmp=b"" if strip else info.get("xmp", b""),
-        **options,
+        **_webp_quality(source),
     )
+
+
+def _webp_quality(source: bytes) -> dict[str, object]:
+    return {"lossless": True, "quality": 20, "method": 1} if _lossless(source) else {"quality": 95}
 
 
 def _lossless(webp: bytes) -> bool:
     at = 12
     while at + 8 <= len(webp) and webp[at : at + 4] not in (b"VP8L", b"VP8 "):
+        if webp[at : at + 4] == b"ANMF":  # a frame: its chunks follow
+            at += 24
+            continue
         at += 8 + (int.from_bytes(webp[at + 4 : at + 8], "little") + 1) // 2 * 2
     return webp[at : at + 4] == b"VP8L"
 
 
 _PNG_LAYOUT = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"hIST", b"acTL", b"fcTL", b"fdAT", b"eXIf")
+_PNG_PIXELS = (b"IDAT", b"acTL", b"fcTL", b"fdAT")
 _PNG_COLOUR = (b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP", b"sBIT", b"pHYs")
 
 
@@ -254,8 +326,6 @@ def _png_exif(original: ImageFile.ImageFile, source: bytes) -> bytes:
 def _encode_png(
     pixels: Pixels, picture: Picture, original: ImageFile.ImageFile, source: bytes, block: bytes, strip: bool
 ) -> bytes:
-    """Put the source's own ancillary chunks, byte for byte, around the new pixels."""
-    old = list(_png_chunks(source))
     transparency: list[tuple[bytes, bytes]] = []
     if picture.mode == "P":
         depth = source[24]
@@ -266,10 +336,17 @@ def _encode_png(
     elif picture.alpha is not None and isinstance(key := original.info.get("transparency"), (int, tuple)):
         visible = replace(picture, alpha=None)
         png = _saved(_image(_keyed(pixels, picture, key), visible), "PNG", compress_level=1)
-        transparency = [chunk for chunk in old if chunk[0] == b"tRNS"]
+        transparency = [chunk for chunk in _png_chunks(source) if chunk[0] == b"tRNS"]
     else:
         png = _saved(_image(pixels, picture), "PNG", compress_level=1)
-    new = list(_png_chunks(png))
+    return _png_like(source, list(_png_chunks(png)), transparency, block, strip)
+
+
+def _png_like(
+    source: bytes, new: list[tuple[bytes, bytes]], transparency: list[tuple[bytes, bytes]], block: bytes, strip: bool
+) -> bytes:
+    """The new file's pixels among the source's ancillary chunks, byte for byte."""
+    old = list(_png_chunks(source))
     first = next(index for index, (kind, _) in enumerate(old) if kind == b"IDAT")
     before = [chunk for chunk in old[:first] if _is_kept(chunk[0], strip)]
     return _png(
@@ -278,9 +355,9 @@ def _encode_png(
             new[0],
             *before,
             *([(b"eXIf", block)] if block else []),
-            *(chunk for chunk in new if chunk[0] in (b"PLTE", b"tRNS")),
+            *(chunk for chunk in new[1:-1] if chunk[0] in (b"PLTE", b"tRNS")),
             *transparency,
-            *(chunk for chunk in new if chunk[0] == b"IDAT"),
+            *(chunk for chunk in new[1:-1] if chunk[0] in _PNG_PIXELS),
             *(chunk for chunk in old[first:] if _is_kept(chunk[0], strip)),
             (b"IEND", b""),
         ],

@@ -69,6 +69,7 @@ class RestoreOptions:
     batch_size: int = 16
     max_pixels: int
     strip_metadata: bool = False
+    frames: codec.Frames = "refuse"
     repair: tuple[Kind, ...] = KINDS
     self_ensemble: bool = False
     max_change: float | None = None
@@ -118,13 +119,13 @@ class Summary:
 
 
 class Stage:
-    """What all actors have: the run, threads for reading, coding and writing, and processes for decoding."""
+    """What all actors have: the run, threads for reading, coding and writing, and processes for the codec."""
 
     def __init__(self, run: "list[ray.ObjectRef[RestoreRun]]") -> None:
         self.run: RestoreRun = ray.get(run[0])
         torch.set_num_threads(self.run.threads)
         self.pool = ThreadPoolExecutor(IO_THREADS)
-        self.decoders = codec.Decoders(max(2, self.run.threads), self.run.max_pixels)
+        self.codecs = codec.Processes(max(2, self.run.threads), self.run.max_pixels)
 
 
 class RestoreUnit(Stage):
@@ -139,10 +140,10 @@ class RestoreUnit(Stage):
         rows = manifest.rows_of(unit.select(manifest.SCHEMA.names))
         file, group, target = (unit[name][0].as_py() for name in ("file", "group", "target"))
         if file is None:
-            return manifest.table_of(stages.restore_objects(rows, self.run, self.restorer, self.pool, self.decoders))
+            return manifest.table_of(stages.restore_objects(rows, self.run, self.restorer, self.pool, self.codecs))
         return manifest.table_of(
             stages.restore_row_group(
-                rows, file, group, target, self.run, self.restorer, self.pool, self.decoders, self.batch_size
+                rows, file, group, target, self.run, self.restorer, self.pool, self.codecs, self.batch_size
             )
         )
 
@@ -151,9 +152,11 @@ class DecodeUnit(Stage):
     """unit -> items with pixels"""
 
     def __call__(self, unit: pa.Table) -> pa.Table:
-        items = [stages.Item(row) for row in manifest.rows_of(unit.select(manifest.SCHEMA.names))]
-        stages.each(self.pool, lambda item: stages.fetch_and_decode(item, self.run, self.decoders), items)
-        return stages.items_to_table(items)
+        rows = manifest.rows_of(unit.select(manifest.SCHEMA.names))
+        found = stages.each(
+            self.pool, lambda row: stages.fetch_and_decode(stages.Item(row), self.run, self.codecs), rows
+        )
+        return stages.items_to_table([item for frames in found for item in frames])
 
 
 class RestoreItems(Stage):
@@ -173,9 +176,10 @@ class WriteItems(Stage):
     """items with restored pixels -> ledger rows"""
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        items = stages.items_of_table(table)
-        stages.each(self.pool, lambda item: stages.encode_and_write(item, self.run), items)
-        return manifest.table_of(item.row for item in items)
+        files = stages.files_of(stages.items_of_table(table))
+        return manifest.table_of(
+            stages.each(self.pool, lambda frames: stages.encode_and_write(frames, self.run, self.codecs), files)
+        )
 
 
 def build_dataset(
@@ -253,6 +257,8 @@ def _restore(
     deciding = {name: getattr(options, name) for name in RESULT_OPTIONS}
     if options.max_change is not None:
         deciding["max_change"] = options.max_change
+    if options.frames != "refuse":
+        deciding["frames"] = options.frames
     identity = manifest.options_hash(deciding)
     existing = {item.key for item in output.list()}
     before = ledger.latest()
@@ -344,6 +350,7 @@ def _run(
         threads=1 if device == "cuda" else max(1, cpus // actors),
         max_pixels=options.max_pixels,
         strip_metadata=options.strip_metadata,
+        frames=options.frames,
         repair=options.repair,
         self_ensemble=options.self_ensemble,
         max_change=options.max_change,

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -29,6 +29,7 @@ from restore_core.manifest import Row
 from restore_core.storage import Storage
 
 Pixels = npt.NDArray[np.uint8]
+Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 STAGE_SECONDS = 900
@@ -52,6 +53,8 @@ class RestoreRun:
     """Kinds of damage to repair."""
     self_ensemble: bool = False
     """Average over the image and its mirror image."""
+    frames: codec.Frames = "refuse"
+    """Of files that hold several pictures."""
     max_change: float | None = None
     """Results that differ more from the input are not written: mean absolute difference, of 255."""
 
@@ -70,6 +73,10 @@ class Item:
     """The decoded input."""
     restored: Pixels | None = None
     """uint8 [H, W, 3]; None also where the input was found undamaged."""
+    whole: bytes | None = None
+    """Of the first frame or page of several: the file that holds them all. `source` then is this picture alone."""
+    frame: int = 0
+    """Frames and pages follow each other as items of their own."""
 
     @property
     def open(self) -> bool:
@@ -89,15 +96,31 @@ def _wall(row: Row) -> Iterator[None]:
     row.seconds = (row.seconds or 0.0) + time.perf_counter() - started
 
 
-def fetch_and_decode(item: Item, run: RestoreRun, decoders: codec.Decoders) -> None:
+def fetch_and_decode(item: Item, run: RestoreRun, codecs: codec.Processes) -> list[Item]:
+    """Fill in the item; returns it, or one for each frame where the file holds several and all of them are wanted."""
+    items = [item]
     with _wall(item.row):
         if item.source is None:
             item.source = run.input.read(item.row.key)
         item.row.input_sha256 = hashlib.sha256(item.source).hexdigest()
-        item.picture = picture = decoders.decode(item.source)
-        item.row.format, item.row.mode = picture.format, picture.mode
-        item.row.width, item.row.height = picture.width, picture.height
-        item.row.orientation = picture.orientation
+        first, *others = codecs.decode_frames(item.source, frames=run.frames)
+        _describe(item.row, first.picture)
+        item.picture = first.picture
+        if first.source is not None:
+            item.whole, item.source = item.source, first.source
+        elif first.picture.left_out:
+            count = first.picture.left_out + 1
+            item.row.message = f"the first of {count} frames or pages; the others are left out"
+        for index, frame in enumerate(others, start=1):
+            row = replace(item.row, seconds=None)
+            _describe(row, frame.picture)
+            items.append(Item(row, frame.source, frame.picture, frame=index))
+    return items
+
+
+def _describe(row: Row, picture: codec.Picture) -> None:
+    row.format, row.mode, row.width, row.height = picture.format, picture.mode, picture.width, picture.height
+    row.orientation = picture.orientation
 
 
 def restore(items: list[Item], restorer: Restorer) -> None:
@@ -132,7 +155,7 @@ def _restore_one(item: Item, restorer: Restorer) -> Restored | ItemError:
         return ItemError("out_of_memory", "not enough memory to restore this image; use larger machines")
 
 
-def encode(item: Item, run: RestoreRun) -> bytes | None:
+def encode(item: Item, run: RestoreRun, codecs: codec.Processes) -> bytes | None:
     """The bytes to write; the source's own where it was undamaged, None where the item has failed."""
     with _wall(item.row):
         if not item.open:
@@ -140,20 +163,57 @@ def encode(item: Item, run: RestoreRun) -> bytes | None:
         assert item.source is not None and item.picture is not None
         if item.restored is None:
             item.row.status, item.row.change = "unchanged", 0.0
-            return codec.without_metadata(item.source, picture=item.picture) if run.strip_metadata else item.source
+            return codecs.without_metadata(item.source, picture=item.picture) if run.strip_metadata else item.source
         return sinks.encode(
-            item.row, item.source, item.picture, item.restored,
+            item.row, item.source, item.picture, item.restored, codecs,
             strip_metadata=run.strip_metadata, max_change=run.max_change,
         )  # fmt: skip
     return None
 
 
-def encode_and_write(item: Item, run: RestoreRun) -> None:
-    data = encode(item, run)
+def encode_file(frames: list[Item], run: RestoreRun, codecs: codec.Processes) -> bytes | None:
+    """The bytes to write for all frames of a file, whose row becomes the first one's; None if one has failed."""
+    parts = [encode(item, run, codecs) for item in frames]
+    first = frames[0]
+    if len(frames) == 1 or first.whole is None:
+        return parts[0]
+    with _wall(first.row):
+        rows = [item.row for item in frames]
+        for index, row in enumerate(rows):
+            if row.error is not None:
+                raise ItemError(row.error, f"frame or page {index + 1}: {row.message}")
+        for name in ("sigma", "flips", "patches", "gray", "change"):
+            values = [value for row in rows if (value := getattr(row, name)) is not None]
+            setattr(first.row, name, sum(values) / len(values) if values else None)
+        first.row.seconds = sum(row.seconds or 0.0 for row in rows)
+        unchanged = all(row.status == "unchanged" for row in rows)
+        if unchanged and not run.strip_metadata:
+            return first.whole
+        first.row.status = "unchanged" if unchanged else "restored"
+        whole = [part for part in parts if part is not None]
+        return codecs.join(whole, first.whole, software=sinks.software(first.row), strip_metadata=run.strip_metadata)
+    return None
+
+
+def encode_and_write(frames: list[Item], run: RestoreRun, codecs: codec.Processes) -> Row:
+    """All frames of one file. Returns its finished row."""
+    row = frames[0].row
+    data = encode_file(frames, run, codecs)
     if data is not None:
-        with _wall(item.row):
-            sinks.write(item.row, data, run.output)
-    finish(item.row)
+        with _wall(row):
+            sinks.write(row, data, run.output)
+    finish(row)
+    return row
+
+
+def files_of(items: list[Item]) -> list[list[Item]]:
+    """The frames of each file."""
+    files: list[list[Item]] = []
+    for item in items:
+        if item.frame == 0:
+            files.append([])
+        files[-1].append(item)
+    return files
 
 
 def finish(row: Row) -> None:
@@ -161,19 +221,18 @@ def finish(row: Row) -> None:
 
 
 def restore_objects(
-    rows: list[Row], run: RestoreRun, restorer: Restorer, pool: Executor, decoders: codec.Decoders
+    rows: list[Row], run: RestoreRun, restorer: Restorer, pool: Executor, codecs: codec.Processes
 ) -> list[Row]:
     """All stages for some objects of a folder or prefix. Returns the finished rows."""
-    items = [Item(row) for row in rows]
-    each(pool, lambda item: fetch_and_decode(item, run, decoders), items)
+    found = each(pool, lambda row: fetch_and_decode(Item(row), run, codecs), rows)
+    items = [item for frames in found for item in frames]
     restore(items, restorer)
-    each(pool, lambda item: encode_and_write(item, run), items)
-    return [item.row for item in items]
+    return each(pool, lambda frames: encode_and_write(frames, run, codecs), files_of(items))
 
 
 def restore_row_group(
     rows: list[Row], file: str, group: int, output_key: str, run: RestoreRun, restorer: Restorer, pool: Executor,
-    decoders: codec.Decoders, batch: int,
+    codecs: codec.Processes, batch: int,
 ) -> list[Row]:  # fmt: skip
     """All stages for one row group of a Parquet file, which becomes one output file. Returns the finished rows."""
     filesystem, root = run.input.filesystem()
@@ -193,9 +252,10 @@ def restore_row_group(
         for item in items:
             if not item.source:
                 item.row.fail("not_an_image", "the image cell is null or empty")
-        each(pool, lambda item: fetch_and_decode(item, run, decoders) if item.open else None, items)
+        found = each(pool, lambda item: fetch_and_decode(item, run, codecs) if item.open else [item], items)
+        items = [item for frames in found for item in frames]
         restore(items, restorer)
-        images += each(pool, lambda item: encode(item, run), items)
+        images += each(pool, lambda frames: encode_file(frames, run, codecs), files_of(items))
     # A failed row keeps its original bytes, so that the table stays whole.
     originals = sources.image_bytes(table[column])
     kept = [original if image is None else image for image, original in zip(images, originals, strict=True)]
@@ -211,12 +271,11 @@ def restore_row_group(
     return rows
 
 
-def each(pool: Executor, function: Callable[[Item], Result], items: list[Item]) -> list[Result]:
+def each(pool: Executor, function: Callable[[Argument], Result], items: list[Argument]) -> list[Result]:
     """Call `function` on all items at once: Pillow and the network release the interpreter.
 
-    What hangs (an encoder, say: decoders have processes of their own) cannot be stopped from within, so after
-    `STAGE_SECONDS` the process shows where it is and ends; Ray starts another, and the item is found out as one that
-    crashes is.
+    What hangs cannot be stopped from within (codecs have processes of their own), so after `STAGE_SECONDS` the process
+    shows where it is and ends; Ray starts another, and the item is found out as one that crashes is.
     """
     faulthandler.dump_traceback_later(STAGE_SECONDS, exit=True)
     try:
@@ -235,6 +294,8 @@ ITEM_SCHEMA = pa.schema(
         pa.field("alpha", pa.large_binary()),
         pa.field("native", pa.large_binary()),
         pa.field("restored", pa.large_binary()),
+        pa.field("whole", pa.large_binary()),
+        pa.field("frame", pa.int32()),
     ]
 )
 """Items on their way between stages in different processes: the row, and pixels as flat bytes."""
@@ -252,6 +313,8 @@ def items_to_table(items: list[Item]) -> pa.Table:
         "alpha": column([None if p is None or p.alpha is None else p.alpha.tobytes() for p in pictures]),
         "native": column([None if p is None or p.native is None else p.native.tobytes() for p in pictures]),
         "restored": column([None if item.restored is None else item.restored.tobytes() for item in items]),
+        "whole": column([item.whole for item in items]),
+        "frame": pa.array([item.frame for item in items], type=pa.int32()),
     }
     for name, values in columns.items():
         table = table.append_column(ITEM_SCHEMA.field(name), values)
@@ -260,10 +323,10 @@ def items_to_table(items: list[Item]) -> pa.Table:
 
 def items_of_table(table: pa.Table) -> list[Item]:
     rows = manifest.rows_of(table.select(manifest.SCHEMA.names))
-    columns = (table[name].to_pylist() for name in ("source", "pixels", "alpha", "native", "restored"))
+    columns = (table[name].to_pylist() for name in ITEM_SCHEMA.names[len(manifest.SCHEMA) :])
     items = []
-    for row, source, pixels, alpha, native, restored in zip(rows, *columns, strict=True):
-        item = Item(row, source)
+    for row, source, pixels, alpha, native, restored, whole, frame in zip(rows, *columns, strict=True):
+        item = Item(row, source, whole=whole, frame=frame)
         if pixels is not None:
             assert row.height and row.width and row.format and row.mode
             size = row.height, row.width

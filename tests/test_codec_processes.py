@@ -1,0 +1,179 @@
+"""The codec in processes of its own: the same results, and whatever happens there happens to one file."""
+
+import io
+import re
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from broken_codecs import break_codecs
+from photos import encoded
+from PIL import Image
+from processes import wait_for
+
+from restore_core.codec import Picture, Processes, decode, encode, without_metadata
+from restore_core.codec.processes import BASE_BYTES, BYTES_PER_PIXEL
+from restore_core.errors import ItemError
+
+
+@pytest.fixture
+def codecs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Processes]:
+    """One process, whose decoder hangs, crashes and eats memory when it is told to."""
+    monkeypatch.syspath_prepend(str(break_codecs(tmp_path / "site")))
+    with Processes(1, max_pixels=10**6, seconds=60) as made:
+        yield made
+
+
+def process_of(codecs: Processes) -> int | None:
+    process = codecs._children[0]._process
+    return None if process is None else process.pid
+
+
+def only(codecs: Processes, data: bytes) -> Picture:
+    (frame,) = codecs.decode_frames(data)
+    assert frame.source is None
+    return frame.picture
+
+
+def failing(codecs: Processes, data: bytes) -> str:
+    with pytest.raises(ItemError) as caught:
+        codecs.decode_frames(data)
+    return f"{caught.value.error}: {caught.value.message}"
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "TIFF"])
+def test_pictures_come_through_as_they_are(codecs: Processes, name: str) -> None:
+    data = encoded(1, 30, 41, name)
+    here, there = decode(data), only(codecs, data)
+    assert np.array_equal(here.pixels, there.pixels) and there.pixels.flags.writeable
+    values = [{key: value for key, value in vars(picture).items() if key != "pixels"} for picture in (here, there)]
+    assert values[0] == values[1]
+
+
+def test_alpha_and_native_values_come_through_too(codecs: Processes) -> None:
+    deep = np.random.default_rng(0).integers(0, 65_536, (9, 5), np.uint16)
+    clear = np.random.default_rng(0).integers(0, 256, (9, 5, 4), np.uint8)
+    for values in (deep, clear):
+        file = io.BytesIO()
+        Image.fromarray(values).save(file, "PNG")
+        here, there = decode(file.getvalue()), only(codecs, file.getvalue())
+        assert np.array_equal(here.pixels, there.pixels)
+        for name in ("alpha", "native"):
+            one, other = getattr(here, name), getattr(there, name)
+            assert (one is None and other is None) or (one.dtype == other.dtype and np.array_equal(one, other))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK", "I;16", "P"])
+def test_files_are_encoded_as_without_the_process(codecs: Processes, mode: str) -> None:
+    image = Image.open(io.BytesIO(encoded(3, 20, 30, "PNG")))
+    image = (
+        Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+        if mode == "I;16"
+        else image.convert(mode)
+    )
+    file = io.BytesIO()
+    image.save(file, "TIFF" if mode == "CMYK" else "PNG")
+    source = file.getvalue()
+    picture = only(codecs, source)
+    pixels = 255 - picture.pixels
+    for strip in (False, True):
+        options = {"picture": picture, "software": "test", "strip_metadata": strip}
+        assert codecs.encode(pixels, source, **options) == encode(pixels, source, **options)
+    assert codecs.without_metadata(source, picture=picture) == without_metadata(source, picture=picture)
+
+
+def test_an_encoder_that_crashes_costs_one_process_and_one_file(codecs: Processes) -> None:
+    source = encoded(1) + b"crash the encoder"
+    picture = only(codecs, source)
+    with pytest.raises(ItemError, match=r"encode: its encoder crashed \(SIGSEGV\)"):
+        codecs.encode(picture.pixels, source, picture=picture, software="test")
+    assert only(codecs, encoded(1)).width == 16
+
+
+def test_errors_come_through_as_they_are(codecs: Processes) -> None:
+    assert failing(codecs, b"hello") == failing(codecs, b"hello")
+    before = process_of(codecs)
+    assert failing(codecs, b"hello").startswith("not_an_image: no JPEG")
+    assert failing(codecs, encoded(1)[:80]).startswith("truncated: the file is cut off after 80 bytes")
+    assert failing(codecs, encoded(1, 1001, 1000)) == (
+        "too_large: 1000 x 1001 pixels are over the budget of 1000000 pixels"
+    )
+    assert process_of(codecs) == before  # none of them costs a process
+
+
+def test_a_crash_costs_one_process_and_one_file(codecs: Processes) -> None:
+    codecs.decode_frames(encoded(1))
+    before = process_of(codecs)
+    assert failing(codecs, b"crash") == "decode: its decoder crashed (SIGSEGV)"
+    assert only(codecs, encoded(1)).width == 16
+    assert process_of(codecs) != before
+    assert failing(codecs, b"killed").startswith("out_of_memory: its decoder was killed")
+    assert only(codecs, encoded(1)).width == 16
+
+
+def test_a_hang_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(break_codecs(tmp_path / "site")))
+    with Processes(1, max_pixels=10**6, seconds=1) as codecs:
+        started = time.monotonic()
+        assert failing(codecs, b"hang") == "decode: its decoder was not done after 1 s and was stopped"
+        assert time.monotonic() - started < 20
+    with Processes(1, max_pixels=10**6) as codecs:
+        assert only(codecs, encoded(1)).width == 16
+
+
+def test_a_decoder_gets_no_more_memory_than_its_share(codecs: Processes) -> None:
+    assert failing(codecs, b"eat") == "out_of_memory: its codec needed more memory than it may have"
+    limits = Path(f"/proc/{process_of(codecs)}/limits").read_text()
+    found = re.search(r"Max address space +(\d+)", limits)
+    assert found is not None and int(found[1]) == BASE_BYTES + BYTES_PER_PIXEL * 10**6
+    assert only(codecs, encoded(1)).width == 16
+
+
+def test_what_libraries_print_is_no_answer(codecs: Processes) -> None:
+    for _ in range(3):
+        assert failing(codecs, b"chatter") == "decode: said what it had to say"
+
+
+def test_many_threads_share_few_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(break_codecs(tmp_path / "site")))
+    files = [encoded(seed, 10 + seed % 7, 12) if seed % 9 else b"crash" for seed in range(60)]
+    with Processes(2, max_pixels=10**6) as codecs, ThreadPoolExecutor(8) as pool:
+
+        def height(data: bytes) -> int | str:
+            try:
+                return only(codecs, data).height
+            except ItemError as error:
+                return error.message
+
+        expected = [10 + seed % 7 if seed % 9 else "its decoder crashed (SIGSEGV)" for seed in range(60)]
+        assert list(pool.map(height, files)) == expected
+
+
+def test_the_processes_end_with_the_one_that_started_them(codecs: Processes) -> None:
+    codecs.decode_frames(encoded(1))
+    process = process_of(codecs)
+    codecs.close()
+    wait_for(lambda: not Path(f"/proc/{process}").exists(), 20)
+
+
+def test_an_interrupted_answer_is_not_taken_for_the_next(codecs: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    from restore_core.codec import processes
+
+    class Interrupted(BaseException):
+        pass
+
+    real = processes._read_array
+
+    def interrupted(*_: object) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr(processes, "_read_array", interrupted)
+    with pytest.raises(Interrupted):
+        codecs.decode_frames(encoded(1))
+    monkeypatch.setattr(processes, "_read_array", real)
+    assert np.array_equal(only(codecs, encoded(2)).pixels, decode(encoded(2)).pixels)
+    assert threading.active_count() < 20

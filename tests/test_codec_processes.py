@@ -2,8 +2,10 @@
 
 import io
 import re
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +17,7 @@ from photos import encoded
 from PIL import Image
 from processes import wait_for
 
-from restore_core.codec import Picture, Processes, decode, encode, without_metadata
+from restore_core.codec import Frames, Picture, Processes, decode, encode, without_metadata
 from restore_core.codec.processes import BASE_BYTES, BYTES_PER_PIXEL
 from restore_core.errors import ItemError
 
@@ -131,6 +133,47 @@ def test_a_decoder_gets_no_more_memory_than_its_share(codecs: Processes) -> None
     found = re.search(r"Max address space +(\d+)", limits)
     assert found is not None and int(found[1]) == BASE_BYTES + BYTES_PER_PIXEL * 10**6
     assert only(codecs, encoded(1)).width == 16
+
+
+def one_bit_png(side: int) -> bytes:
+    """A black square, one bit a pixel."""
+    row = bytes(1 + side // 8)
+    packer = zlib.compressobj(9)
+    packed = b"".join(packer.compress(row * 100) for _ in range(side // 100)) + packer.flush()
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)), (b"IDAT", packed), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+
+
+def gif_of(width: int, height: int, frame_width: int, frame_height: int) -> bytes:
+    """A GIF of a few hundred bytes: a screen, and one frame whose pixels break off."""
+    screen = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
+    frame = b"," + struct.pack("<HHHHB", 0, 0, frame_width, frame_height, 0) + b"\2"
+    return screen + frame + b"\xff" + b"\x84" * 255 + b"\0;"
+
+
+BOMBS = {
+    "png": one_bit_png(20_000),
+    "gif screen": gif_of(20_000, 10_000, 20_000, 10_000),
+    "gif frame": gif_of(10, 10, 20_000, 10_000),
+}
+
+
+@pytest.mark.parametrize("frames", ["refuse", "first", "all"])
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_are_too_large_without_being_decoded(tmp_path: Path, name: str, frames: Frames) -> None:
+    assert len(BOMBS[name]) < 60_000
+    with Processes(1, max_pixels=89_000_000) as codecs:
+        for data in (encoded(1), BOMBS[name]):
+            try:
+                codecs.decode_frames(data, frames=frames)
+            except ItemError as error:
+                assert error.error == "too_large" and data == BOMBS[name]
+            peak = int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process_of(codecs)}/status").read_text())[1])  # type: ignore[index]
+            if data != BOMBS[name]:
+                before = peak
+        assert peak - before < 20_000, "kB: something was unpacked"
 
 
 def test_what_libraries_print_is_no_answer(codecs: Processes) -> None:

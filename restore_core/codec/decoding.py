@@ -91,6 +91,13 @@ def decode_frames(data: bytes, *, max_pixels: int, frames: Frames = "refuse") ->
     return [Frame(decode(part, max_pixels=max_pixels), part) for part in parts]
 
 
+def pixel_count(data: bytes, *, max_pixels: int, frames: Frames = "refuse") -> int:
+    """What `decode_frames` would have to hold, by the header alone: pixels. Raises ItemError."""
+    image = open_header(data, max_pixels=max_pixels)
+    with _decoding(data):
+        return math.prod(image.size) * (getattr(image, "n_frames", 1) if frames == "all" else 1)
+
+
 def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, frames: Frames = "refuse") -> Picture:
     """Decode one file of one picture, or the first one of several.
 

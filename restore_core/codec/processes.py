@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from restore_core.codec.colour import Pixels
-from restore_core.codec.decoding import Frame, Frames, Picture, decode_frames
+from restore_core.codec.decoding import Frame, Frames, Picture, decode_frames, pixel_count
 from restore_core.codec.encoding import encode, join, without_metadata
 from restore_core.errors import ErrorClass, ItemError
 
@@ -66,6 +66,10 @@ class Processes:
             made = Picture(**picture, pixels=cast(Pixels, pixels), alpha=alpha, native=native)
             found.append(Frame(made, None if source is None else source.tobytes()))
         return found
+
+    def pixel_count(self, data: bytes, *, frames: Frames = "refuse") -> int:
+        fields, _ = self._call("decode", {"call": "pixel_count", "frames": frames}, [_bytes(data)])
+        return int(fields["count"])
 
     def encode(
         self, pixels: Pixels, source: bytes, *, picture: Picture, software: str, strip_metadata: bool = False
@@ -249,8 +253,12 @@ def serve(max_pixels: int) -> None:
 def _answer(fields: dict[str, Any], arrays: list[Array | None], max_pixels: int) -> Message:
     call = fields.pop("call")
     try:
-        if call == "decode":
-            return _decoded(arrays, max_pixels, fields["frames"])
+        if call in ("decode", "pixel_count"):
+            assert arrays[0] is not None
+            data = arrays[0].tobytes()
+            if call == "decode":
+                return _decoded(data, max_pixels, fields["frames"])
+            return {"count": pixel_count(data, max_pixels=max_pixels, frames=fields["frames"])}, []
         return {}, [_bytes(_encoded(call, fields, arrays))]
     except ItemError as error:
         return {"error": error.error, "message": error.message}, []
@@ -258,10 +266,9 @@ def _answer(fields: dict[str, Any], arrays: list[Array | None], max_pixels: int)
         return {"error": "out_of_memory", "message": "its codec needed more memory than it may have"}, []
 
 
-def _decoded(arrays: list[Array | None], max_pixels: int, frames: Frames) -> Message:
+def _decoded(data: bytes, max_pixels: int, frames: Frames) -> Message:
     pictures, answer = [], []
-    assert arrays[0] is not None
-    for frame in decode_frames(arrays[0].tobytes(), max_pixels=max_pixels, frames=frames):
+    for frame in decode_frames(data, max_pixels=max_pixels, frames=frames):
         described, parts = _described(frame.picture)
         pictures.append(described)
         answer += [*parts, None if frame.source is None else _bytes(frame.source)]

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -149,14 +150,13 @@ class RestoreUnit(Stage):
 
 
 class DecodeUnit(Stage):
-    """unit -> items with pixels"""
+    """unit -> items with pixels, in one table or more"""
 
-    def __call__(self, unit: pa.Table) -> pa.Table:
+    def __call__(self, unit: pa.Table) -> Iterator[pa.Table]:
         rows = manifest.rows_of(unit.select(manifest.SCHEMA.names))
-        found = stages.each(
-            self.pool, lambda row: stages.fetch_and_decode(stages.Item(row), self.run, self.codecs), rows
-        )
-        return stages.items_to_table([item for frames in found for item in frames])
+        items = stages.each(self.pool, lambda row: stages.fetch(stages.Item(row), self.run), rows)
+        for group in stages.groups(items, self.run, self.codecs, self.pool):
+            yield stages.items_to_table(stages.decode(group, self.run, self.codecs, self.pool))
 
 
 class RestoreItems(Stage):

@@ -32,6 +32,10 @@ Pixels = npt.NDArray[np.uint8]
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
+GROUP_PIXELS = 2**25
+"""Decoded at once in a process, in pixels of about ten bytes; one larger picture is a group of its own."""
+SMALL_FILE_BYTES = 2**14
+"""Even compressed as far as formats go, a unit of these is no more than some groups: they are not measured first."""
 STAGE_SECONDS = 900
 """Longer than a unit's files may take to be fetched and decoded, or encoded and written, retries included."""
 
@@ -96,13 +100,49 @@ def _wall(row: Row) -> Iterator[None]:
     row.seconds = (row.seconds or 0.0) + time.perf_counter() - started
 
 
-def fetch_and_decode(item: Item, run: RestoreRun, codecs: codec.Processes) -> list[Item]:
-    """Fill in the item; returns it, or one for each frame where the file holds several and all of them are wanted."""
-    items = [item]
+def fetch(item: Item, run: RestoreRun) -> Item:
     with _wall(item.row):
         if item.source is None:
             item.source = run.input.read(item.row.key)
         item.row.input_sha256 = hashlib.sha256(item.source).hexdigest()
+    return item
+
+
+def groups(items: list[Item], run: RestoreRun, codecs: codec.Processes, pool: Executor) -> Iterator[list[Item]]:
+    """What is decoded, restored and encoded together: memory stays within bounds, whatever the files unfold to."""
+    counts = each(pool, lambda item: _pixel_count(item, run, codecs), items)
+    group: list[Item] = []
+    total = 0
+    for item, count in zip(items, counts, strict=True):
+        if group and total + count > GROUP_PIXELS:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += count
+    yield group
+
+
+def _pixel_count(item: Item, run: RestoreRun, codecs: codec.Processes) -> int:
+    if not item.open or item.source is None or len(item.source) <= SMALL_FILE_BYTES:
+        return 0
+    try:
+        return codecs.pixel_count(item.source, frames=run.frames)
+    except ItemError:  # decoding will say so
+        return 0
+
+
+def decode(items: list[Item], run: RestoreRun, codecs: codec.Processes, pool: Executor) -> list[Item]:
+    """Fill in the items; for files of several pictures, where all are wanted, an item for each follows the first."""
+    found = each(pool, lambda item: _decode(item, run, codecs), items)
+    return [item for frames in found for item in frames]
+
+
+def _decode(item: Item, run: RestoreRun, codecs: codec.Processes) -> list[Item]:
+    items = [item]
+    if not item.open:
+        return items
+    with _wall(item.row):
+        assert item.source is not None
         first, *others = codecs.decode_frames(item.source, frames=run.frames)
         _describe(item.row, first.picture)
         item.picture = first.picture
@@ -172,11 +212,21 @@ def encode(item: Item, run: RestoreRun, codecs: codec.Processes) -> bytes | None
 
 
 def encode_file(frames: list[Item], run: RestoreRun, codecs: codec.Processes) -> bytes | None:
-    """The bytes to write for all frames of a file, whose row becomes the first one's; None if one has failed."""
-    parts = [encode(item, run, codecs) for item in frames]
+    """The bytes to write for all frames of a file, whose row becomes the first one's; None if one has failed.
+
+    The items let go of all that they hold.
+    """
+    try:
+        parts = [encode(item, run, codecs) for item in frames]
+        return parts[0] if len(frames) == 1 else _joined(frames, parts, run, codecs)
+    finally:
+        for item in frames:
+            item.source = item.picture = item.restored = item.whole = None
+
+
+def _joined(frames: list[Item], parts: list[bytes | None], run: RestoreRun, codecs: codec.Processes) -> bytes | None:
     first = frames[0]
-    if len(frames) == 1 or first.whole is None:
-        return parts[0]
+    assert first.whole is not None
     with _wall(first.row):
         rows = [item.row for item in frames]
         for index, row in enumerate(rows):
@@ -224,10 +274,13 @@ def restore_objects(
     rows: list[Row], run: RestoreRun, restorer: Restorer, pool: Executor, codecs: codec.Processes
 ) -> list[Row]:
     """All stages for some objects of a folder or prefix. Returns the finished rows."""
-    found = each(pool, lambda row: fetch_and_decode(Item(row), run, codecs), rows)
-    items = [item for frames in found for item in frames]
-    restore(items, restorer)
-    return each(pool, lambda frames: encode_and_write(frames, run, codecs), files_of(items))
+    items = each(pool, lambda row: fetch(Item(row), run), rows)
+    done: list[Row] = []
+    for group in groups(items, run, codecs, pool):
+        decoded = decode(group, run, codecs, pool)
+        restore(decoded, restorer)
+        done += each(pool, lambda frames: encode_and_write(frames, run, codecs), files_of(decoded))
+    return done
 
 
 def restore_row_group(
@@ -252,10 +305,11 @@ def restore_row_group(
         for item in items:
             if not item.source:
                 item.row.fail("not_an_image", "the image cell is null or empty")
-        found = each(pool, lambda item: fetch_and_decode(item, run, codecs) if item.open else [item], items)
-        items = [item for frames in found for item in frames]
-        restore(items, restorer)
-        images += each(pool, lambda frames: encode_file(frames, run, codecs), files_of(items))
+        items = each(pool, lambda item: fetch(item, run) if item.open else item, items)
+        for part in groups(items, run, codecs, pool):
+            decoded = decode(part, run, codecs, pool)
+            restore(decoded, restorer)
+            images += each(pool, lambda frames: encode_file(frames, run, codecs), files_of(decoded))
     # A failed row keeps its original bytes, so that the table stays whole.
     originals = sources.image_bytes(table[column])
     kept = [original if image is None else image for image, original in zip(images, originals, strict=True)]

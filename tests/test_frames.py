@@ -201,6 +201,15 @@ def test_what_cannot_be_taken_apart_is_refused_by_name() -> None:
     assert reason(bytes(endless)).startswith("unsupported: TIFF with 2 pages that hang together (its pages form a loop")
 
 
+def test_frames_beyond_the_screen_are_refused() -> None:
+    source = bytearray(ANIMATED["GIF"][0])
+    at = source.rindex(b"!\xf9\x04") + 8  # the last frame's descriptor
+    assert source[at : at + 1] == b","
+    source[at + 1 : at + 5] = (30).to_bytes(2, "little") * 2
+    with pytest.raises(ItemError, match="unsupported: GIF with frames that reach beyond its screen; use"):
+        decode_frames(bytes(source), max_pixels=10**6, frames="all")
+
+
 def following(tiff: bytearray, first: int) -> tuple[int, int]:
     """Where the second directory says where the third is, and what it says."""
     at = first

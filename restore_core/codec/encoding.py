@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageSequence
 from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -15,7 +15,7 @@ from restore_core import exif
 from restore_core.codec import colour, jpeg2000
 from restore_core.codec.colour import Native, Pixels
 from restore_core.codec.decoding import BROKEN_FILE, Picture, decode, one_line, open_header
-from restore_core.codec.frames import animation_options
+from restore_core.codec.frames import alphas, animation_options
 from restore_core.errors import ItemError
 
 
@@ -136,31 +136,39 @@ def join(parts: list[bytes], source: bytes, *, software: str, strip_metadata: bo
     try:
         if isinstance(original, TiffImageFile):
             return exif.joined(_in_one_byte_order(parts, software))
-        options = animation_options(original)
         images = [Image.open(io.BytesIO(part), formats=["PNG"]) for part in parts]
-        orientation = original.getexif().get(exif.ORIENTATION)
-        if strip_metadata:
-            block = exif.stripped(orientation if isinstance(orientation, int) else None)
-        else:
-            stored = _png_exif(original, source) if original.format == "PNG" else original.info.get("exif")
-            block = exif.annotated(exif.bare(stored), software)
-        if original.format == "GIF":
-            if not strip_metadata and "comment" in original.info:
-                options["comment"] = original.info["comment"]
-            return _saved_frames([_gif_frame(image) for image in images], "GIF", options)
-        if original.format == "PNG":
-            png = _saved_frames(images, "PNG", options | {"compress_level": 1})
-            return _png_like(source, list(_png_chunks(png)), [], block, strip_metadata)
-        options |= {"icc_profile": original.info.get("icc_profile"), "exif": block}
-        options |= {"xmp": b"" if strip_metadata else original.info.get("xmp", b"")}
-        clear = images[0].mode == "RGBA"
-        if original.format == "AVIF":
-            options |= {"quality": 100 if clear else 95, "subsampling": "4:4:4"}
-        else:
-            options |= _webp_quality(source) | {"exact": True, "alpha_quality": 100}
-        return _saved_frames(images, str(original.format), options)
+        joined = _animation(images, original, source, software, strip_metadata)
+        if alphas(ImageSequence.Iterator(open_header(joined))) != alphas(images):
+            raise ItemError("encode", "the animation's transparency cannot be written as it was; use --frames first")
+        return joined
     except (*BROKEN_FILE, MemoryError) as error:
         raise ItemError("encode", one_line(f"cannot join the frames: {error or type(error).__name__}")) from error
+
+
+def _animation(
+    images: list[ImageFile.ImageFile], original: ImageFile.ImageFile, source: bytes, software: str, strip: bool
+) -> bytes:
+    options = animation_options(original)
+    orientation = original.getexif().get(exif.ORIENTATION)
+    if strip:
+        block = exif.stripped(orientation if isinstance(orientation, int) else None)
+    else:
+        stored = _png_exif(original, source) if original.format == "PNG" else original.info.get("exif")
+        block = exif.annotated(exif.bare(stored), software)
+    if original.format == "GIF":
+        if not strip and "comment" in original.info:
+            options["comment"] = original.info["comment"]
+        return _saved_frames([_gif_frame(image) for image in images], "GIF", options)
+    if original.format == "PNG":
+        png = _saved_frames(images, "PNG", options | {"compress_level": 1})
+        return _png_like(source, list(_png_chunks(png)), [], block, strip)
+    options |= {"icc_profile": original.info.get("icc_profile"), "exif": block}
+    options |= {"xmp": b"" if strip else original.info.get("xmp", b"")}
+    if original.format == "AVIF":
+        options |= {"quality": 100 if images[0].mode == "RGBA" else 95, "subsampling": "4:4:4"}
+    else:
+        options |= _webp_quality(source) | {"exact": True, "alpha_quality": 100}
+    return _saved_frames(images, str(original.format), options)
 
 
 def _in_one_byte_order(parts: list[bytes], software: str) -> list[bytes]:

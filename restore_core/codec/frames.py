@@ -2,6 +2,7 @@
 
 import io
 import struct
+from collections.abc import Iterable
 from typing import Any
 
 from PIL import Image, ImageFile
@@ -31,6 +32,8 @@ def split(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> list[byte
         raise ItemError("unsupported", f"{image.format} with {frames} pictures; {advice}")
     if image.format == "PNG" and (image.mode not in ("L", "LA", "RGB", "RGBA") or data[24] != 8):
         raise ItemError("unsupported", f"animated PNG with a palette, or not of 8 bits; {advice}")
+    if image.format == "GIF" and image.size != struct.unpack_from("<HH", data, 6):  # Pillow widens it meanwhile
+        raise ItemError("unsupported", f"GIF with frames that reach beyond its screen; {advice}")
     if image.format == "AVIF" and image.getexif().get(exif.ORIENTATION, 1) != 1:  # Pillow 13.0.0 crashes on writing it
         raise ItemError("unsupported", f"animated AVIF that is not stored upright; {advice}")
     if image.width * image.height * frames > max_pixels:
@@ -54,6 +57,16 @@ def _is_clear(image: ImageFile.ImageFile, frames: int) -> bool:
         if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
             return True
     return False
+
+
+def alphas(images: Iterable[Image.Image]) -> list[bytes]:
+    """What can be seen through, where it changes: Pillow makes one frame of equal ones that follow each other."""
+    found: list[bytes] = []
+    for image in images:
+        alpha = image.convert("RGBA").getchannel("A").tobytes()
+        if not found or found[-1] != alpha:
+            found.append(alpha)
+    return found
 
 
 def animation_options(image: ImageFile.ImageFile) -> dict[str, Any]:

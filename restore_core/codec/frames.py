@@ -32,8 +32,6 @@ def split(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> list[byte
         raise ItemError("unsupported", f"{image.format} with {frames} pictures; {advice}")
     if image.format == "PNG" and (image.mode not in ("L", "LA", "RGB", "RGBA") or data[24] != 8):
         raise ItemError("unsupported", f"animated PNG with a palette, or not of 8 bits; {advice}")
-    if image.format == "GIF" and image.size != struct.unpack_from("<HH", data, 6):  # Pillow widens it meanwhile
-        raise ItemError("unsupported", f"GIF with frames that reach beyond its screen; {advice}")
     if image.format == "AVIF" and image.getexif().get(exif.ORIENTATION, 1) != 1:  # Pillow 13.0.0 crashes on writing it
         raise ItemError("unsupported", f"animated AVIF that is not stored upright; {advice}")
     if image.width * image.height * frames > max_pixels:
@@ -43,6 +41,8 @@ def split(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> list[byte
     parts = []
     for index in range(frames):
         image.seek(index)
+        if image.format == "GIF" and image.size != struct.unpack_from("<HH", data, 6):  # Pillow widens it meanwhile
+            raise ItemError("unsupported", f"GIF with frames that reach beyond its screen; {advice}")
         frame = image.copy() if image.format == "PNG" else image.convert("RGBA" if clear else "RGB")
         file = io.BytesIO()
         Image.frombytes(frame.mode, frame.size, frame.tobytes()).save(file, "PNG", compress_level=1)  # pixels alone

@@ -1,6 +1,6 @@
 """The network as a function on photographs: any size, any batch, tiles, and what it says was wrong."""
 
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +9,13 @@ import skimage.data
 import torch
 from torch import Tensor
 
-from restore_core import checkpoint, degradations, inference
+from restore_core import checkpoint, degradations, inference, tiles
 from restore_core.checkpoint import ModelFolder
 from restore_core.config import KINDS, AutoencoderConfig, Kind, ModelConfig, ResidualUNetConfig
 from restore_core.degradations import Generator, degrade, fixed_damage, seed_of
+from restore_core.diagnosis import UNDAMAGED_GRAY, destroyed_pixels, diagnose, repair_only
 from restore_core.errors import UsageError
-from restore_core.inference import Pixels, Restorer, destroyed_pixels, diagnose, repair_only
+from restore_core.inference import Pixels, Restorer
 from restore_core.model import build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,17 +105,40 @@ def test_many_small_tiles_are_put_together_right(
     assert difference.mean() < 0.1
 
 
-def test_tiles_cover_every_pixel_with_the_weights_of_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "TILE", 64)
-    monkeypatch.setattr(inference, "OVERLAP", 32)
-    for length in range(1, 300):
-        weights = torch.zeros(length)
-        starts = list(inference._starts(length))
-        for top in starts:
-            tile = min(64, length - top)
-            weights[top : top + 64] += inference._fade(tile, top > 0, top + 64 < length)
-        assert starts[0] == 0 and all(after - before == 32 for before, after in pairwise(starts))
-        torch.testing.assert_close(weights, torch.ones(length))
+def tile_number(batch: Tensor, numbers: Iterator[int]) -> tuple[Tensor, Tensor | None]:
+    return torch.full(batch.shape, next(numbers) % 5 / 5).float(), None
+
+
+@pytest.mark.parametrize("overlap", [16, 32, 48])
+def test_tiles_are_put_together_without_a_gap(overlap: int) -> None:
+    """What does nothing to a tile does nothing to the image, and the gate's word is kept where it was said."""
+
+    def nothing(batch: Tensor) -> tuple[Tensor, Tensor | None]:
+        return batch.float() / 255, batch[:, :1].float() - 100
+
+    sizes = [(height, 70) for height in range(1, 180, 7)] + [(130, width) for width in range(1, 180, 7)]
+    for height, width in sizes:
+        image = np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
+        result, destroyed = tiles.predict(image, nothing, 64, overlap)
+        np.testing.assert_array_equal(result, image)
+        assert destroyed is not None
+        rows, columns = slice(height // 3, height), slice(width // 3, width - width // 4)
+        np.testing.assert_array_equal(destroyed[rows, columns], image[rows, columns, 0] < 100)
+
+
+def test_a_tile_fades_into_the_next_over_the_middle_of_what_they_share() -> None:
+    numbers = iter(range(100))
+    image = np.zeros((100, 100, 3), np.uint8)
+    result, destroyed = tiles.predict(image, lambda batch: tile_number(batch, numbers), 64, 32)
+    assert destroyed is None
+    levels = result[:, :, 0].astype(int)
+    assert levels[:46, :46].max() == 0  # the first tile, up to seven sixteenths of the overlap
+    assert (levels[:46, 50:78] == 51).all() and (levels[82:, 82:] == 8 % 5 * 51).all()
+    ramp = (np.arange(4) + 0.5) / 4
+    np.testing.assert_allclose(levels[0, 46:50], 51 * ramp, atol=0.51)
+    corner = np.array([[0, 51], [153, 204]])  # tiles 0, 1 and, in the row below, 3 and 4
+    both = np.stack([1 - ramp, ramp])
+    np.testing.assert_allclose(levels[46:50, 46:50], np.einsum("ay,bx,ab->yx", both, both, corner), atol=0.51)
 
 
 def test_weights_that_are_not_numbers_are_noticed(tmp_path: Path) -> None:
@@ -209,7 +233,7 @@ def perfectly_repaired(repair: tuple[Kind, ...], **damage: object) -> tuple[Tens
     seeds = [seed_of(1, "repair", str(index)) for index in range(len(clean))]
     damaged, destroyed = degrade(clean, fixed_damage(Generator(seeds), **damage), Generator(seeds))  # type: ignore[arg-type]
     survival = torch.where(destroyed, -5.0, 5.0)
-    gray = torch.tensor(diagnose(damaged, clean, survival)[3]) > inference.UNDAMAGED_GRAY
+    gray = torch.tensor(diagnose(damaged, clean, survival)[3]) > UNDAMAGED_GRAY
     repaired = repair_only(repair, damaged, clean, survival, gray)
     return clean, damaged, repaired, *(mask.expand_as(clean) for mask in destroyed_pixels(survival))
 
@@ -276,13 +300,13 @@ def test_an_ensemble_with_the_mirror_image_does_not_know_left_from_right(tmp_pat
 
 
 def test_the_bundled_model_in_tiles_equals_itself_untiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within 1 of 255, on a damaged photograph of 350 x 400 pixels in tiles of 288."""
+    """Within 1 of 255, on a damaged photograph of 350 x 400 pixels in tiles of 320."""
     restorer = Restorer(checkpoint.read("faces"))
     clean = torch.from_numpy(np.ascontiguousarray(skimage.data.astronaut()[:350, 100:500])).permute(2, 0, 1)[None]
     generator = Generator([3])
     damaged, _ = degrade(clean, fixed_damage(generator, sigma_255=25, flips=0.1, area=0.05), generator)
     image = damaged[0].permute(1, 2, 0).contiguous().numpy()
     (whole,) = restorer([image])
-    monkeypatch.setattr(inference, "TILE", 288)
+    monkeypatch.setattr(inference, "TILE", 320)
     (tiled,) = restorer([image])
     assert np.abs(tiled.pixels.astype(int) - whole.pixels).max() <= 1

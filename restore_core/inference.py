@@ -194,7 +194,7 @@ class Restorer:
     def _whole(self, images: list[Pixels], device: torch.device) -> list[Restored]:
         """Images of one size as one batch."""
         batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)  # [B, 3, H, W]
-        image, survival = self._predict(batch)
+        image, survival = self._predict(batch, device)
         output = to_uint8(image)
         diagnoses = diagnose(batch, output, survival)
         if survival is not None and len(self.repair) < len(KINDS):
@@ -209,7 +209,7 @@ class Restorer:
         height, width, _ = image.shape
         output, destroyed = tiles.predict(
             image,
-            lambda batch: self._predict(batch.to(rung.device)),
+            lambda batch: self._predict(batch.to(rung.device), rung.device),
             tile=rung.tile,
             overlap=min(OVERLAP, rung.tile * 3 // 4),
         )
@@ -238,11 +238,11 @@ class Restorer:
                 output[block.at] = repaired[0, :, *block.within].permute(1, 2, 0).cpu().numpy()
         return Restored(output, sigma, flips, patches, gray)
 
-    def _predict(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _predict(self, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Float [B, 3, H, W] and survival logits [B, 1, H, W] for uint8. Raises FloatingPointError."""
-        image, survival = self._forward(batch)
+        image, survival = self._forward(batch, device)
         if self.self_ensemble:
-            mirrored, mirrored_survival = self._forward(batch.flip(3))
+            mirrored, mirrored_survival = self._forward(batch.flip(3), device)
             image = (image + mirrored.flip(3)) / 2
             if survival is not None and mirrored_survival is not None:
                 survival = (survival + mirrored_survival.flip(3)) / 2
@@ -252,8 +252,7 @@ class Restorer:
             raise FloatingPointError("the network's output is far out of range")
         return image, survival
 
-    def _forward(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
-        device = batch.device
+    def _forward(self, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
         x = (batch.float() / 255).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             prediction = self.network(device)(x)

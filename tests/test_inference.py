@@ -180,7 +180,7 @@ def test_in_tiles_a_choice_of_damages_is_the_same_choice(
     image = damaged[0].permute(1, 2, 0).contiguous().numpy()
     knowing_gate(restorer, destroyed, damaged)
     (result,) = restorer([image])
-    output, gone = tiles.predict(image, restorer._predict, 64, 32)
+    output, gone = tiles.predict(image, lambda batch: restorer._predict(batch, CPU), 64, 32)
     assert gone is not None
     survival = torch.where(torch.from_numpy(gone[slice(0, 70), slice(0, 100)])[None, None], -1.0, 1.0)
     assert torch.equal(survival[0] < 0, destroyed[0])
@@ -189,7 +189,7 @@ def test_in_tiles_a_choice_of_damages_is_the_same_choice(
     assert (result.flips, result.patches) == pytest.approx((flips[0], patches[0]), rel=1e-6)
     assert (result.sigma, result.gray) == pytest.approx((sigma[0], gray[0]), rel=1e-4)
     lost = torch.tensor(gray) > UNDAMAGED_GRAY
-    assert bool(lost) == ("gray" in repair)
+    assert lost
     expected = repair_only(repair, damaged, after, survival, lost)[0].permute(1, 2, 0)
     np.testing.assert_array_equal(result.pixels, expected)
     assert not np.array_equal(result.pixels, output) and not np.array_equal(result.pixels, image)

@@ -224,13 +224,14 @@ class Restorer:
             gone = torch.from_numpy(destroyed[at])[None, None].to(rung.device)
             return before, after, torch.where(gone, -1.0, 1.0)
 
+        blocks = list(tiles.blocks(height, width, min(BLOCK, rung.tile), CONTEXT))
         sums = torch.zeros(8, 1, dtype=torch.float64)
-        for block in tiles.blocks(height, width, BLOCK, CONTEXT):
+        for block in blocks:
             sums += evidence(*tensors(block.around), *block.within).double().cpu()
         (sigma,), (flips,), (patches,), (gray,) = verdict(sums, gated=destroyed is not None)
         if destroyed is not None and len(self.repair) < len(KINDS):
             lost_colour = torch.tensor([gray >= UNDAMAGED_GRAY], device=rung.device)
-            for block in tiles.blocks(height, width, BLOCK, CONTEXT):
+            for block in blocks:
                 before, after, survival = tensors(block.around)
                 assert survival is not None
                 repaired = repair_only(self.repair, before, after, survival, lost_colour)

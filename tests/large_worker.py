@@ -2,7 +2,8 @@
 
     python tests/large_worker.py INPUT OUTPUT MODEL [MEGABYTES]
 
-With MEGABYTES, no more than that may be taken beyond what loaded model and one small picture need.
+With MEGABYTES, no more than that may be taken beyond what loaded model and one small picture need. Torch then works
+without oneDNN, which was seen to crash the process (torch 2.13) where one of its own small allocations failed.
 """
 
 import json
@@ -32,6 +33,7 @@ def memory() -> dict[str, float]:
 
 def main(source: Path, output: Path, model: str, megabytes: str = "") -> None:
     torch.set_num_threads(1)
+    torch.backends.mkldnn.enabled = not megabytes
     place = LocalStorage(source)
     run = stages.RestoreRun(
         input=place,

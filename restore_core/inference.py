@@ -1,35 +1,49 @@
 """A model folder as a function on photographs: uint8 of any sizes in, uint8 of the same sizes out, with a diagnosis."""
 
+import contextlib
+import ctypes
+import sys
 from collections import defaultdict
-from collections.abc import Collection, Container, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Container
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from restore_core import checkpoint
+from restore_core import checkpoint, tiles
 from restore_core.checkpoint import ModelFolder
 from restore_core.config import KINDS, Kind, ResidualUNetConfig, require
-from restore_core.degradations import to_gray
+from restore_core.diagnosis import (
+    CONTEXT,
+    UNDAMAGED_GRAY,
+    UNDAMAGED_SHARE,
+    UNDAMAGED_SIGMA_255,
+    diagnose,
+    evidence,
+    repair_only,
+    verdict,
+)
 from restore_core.metrics import to_uint8
 
 Pixels = npt.NDArray[np.uint8]
 
 TILE = 1024
 """Side of the largest square that is restored at once, pixels; a multiple of every network's coarsest scale."""
-OVERLAP = 192
-"""Pixels that neighbouring tiles share; they are blended over its middle quarter. See DECISIONS.md."""
+SMALLER_TILES = (512, 256)
+"""What is tried in turn where memory does not suffice for that."""
+OVERLAP = 256
+"""Pixels that neighbouring tiles share, three quarters of the side of smaller ones. See DECISIONS.md."""
 BATCH_PIXELS = 2**20
 """Pixels of equal-sized images that go through the network together. About 500 bytes of memory each on the CPU."""
-
-# Below all of these a photograph counts as undamaged and stays as it is. Found on validation photographs: see
-# DECISIONS.md, "When is a photograph undamaged".
-UNDAMAGED_SIGMA_255 = 2.5
-UNDAMAGED_SHARE = 0.002
-UNDAMAGED_GRAY = 0.5
+BLOCK = 512
+"""Side of the squares in which a picture in tiles is diagnosed, pixels."""
+WILD_SHARE = 0.01
+"""More than this below -1 or above 2, where 0 is black and 1 is white, is no photograph."""
+OUT_OF_MEMORY = ("allocate memory", "bad_alloc", "out of memory", "could not create a memory", "ALLOC_FAILED")
+"""What torch, oneDNN and CUDA call it in exceptions that have no type of their own for it."""
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,8 @@ class Restored:
     """Share of the area in larger destroyed regions, 0 to 1; None without a survival gate."""
     gray: float
     """How much of the result's colour the input lacked, 0 (none) to 1 (all of it)."""
+    note: str | None = None
+    """What was done about memory that ran out, one line; None where it did not."""
 
     def undamaged(self, *, gray_file: bool = False, repair: Container[Kind] = KINDS) -> bool:
         """Tell whether nothing worth changing was found, of the kinds of damage that are to be repaired.
@@ -58,6 +74,40 @@ class Restored:
             or ("patches" in repair and self.patches >= UNDAMAGED_SHARE)
             or ("gray" in repair and not gray_file and self.gray >= UNDAMAGED_GRAY)
         )
+
+
+@dataclass(frozen=True)
+class Rung:
+    """How much goes through the network at once, and where: one step of the ladder that leads out of memory's way.
+
+    It goes from a batch over halves of it to single images, then to smaller tiles, then from the GPU to the CPU.
+    """
+
+    batch: int
+    """Images of one size."""
+    tile: int
+    """Images with a longer side go through in tiles of it, pixels."""
+    device: torch.device
+
+    def below(self, side: int) -> "Rung | None":
+        """The next one for images whose longer side is `side` pixels; None at the foot."""
+        if self.batch > 1:
+            return replace(self, batch=self.batch // 2)
+        for tile in SMALLER_TILES:
+            if tile < min(side, self.tile):
+                return replace(self, tile=tile)
+        return None if self.device == CPU else Rung(1, TILE, CPU)
+
+    def note(self, first: "Rung") -> str | None:
+        """What to write down about a picture that was begun on the rung `first` and done on this one."""
+        if self == first:
+            return None
+        if self.device != first.device:
+            small = f" in tiles of {self.tile} pixels" if self.tile < TILE else ""
+            return f"out of memory on {first.device}; done on the {self.device}{small}"
+        if self.tile != first.tile:
+            return f"out of memory in tiles of {first.tile} pixels; done in tiles of {self.tile}"
+        return f"out of memory in a batch of {first.batch}; done in a batch of {self.batch}"
 
 
 class Restorer:
@@ -81,85 +131,134 @@ class Restorer:
         self_ensemble: bool = False,
     ) -> None:
         check_repair(folder, repair)
+        self.folder = folder
         self.repair = repair
         self.self_ensemble = self_ensemble
         self.device = torch.device(device)
-        self.model = checkpoint.load(folder, self.device)
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.networks: dict[torch.device, nn.Module] = {}
+        self.network(self.device)
+
+    def network(self, device: torch.device) -> nn.Module:
+        """The network on a device; on the CPU beside a GPU only once it is needed there."""
+        if device not in self.networks:
+            network = checkpoint.load(self.folder, device)
+            self.networks[device] = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return self.networks[device]
 
     def __call__(self, images: list[Pixels]) -> list[Restored]:
-        """Restore uint8 RGB images [H, W, 3] of any sizes, from 1x1 up; images of equal size share a batch."""
+        """Restore uint8 RGB images [H, W, 3] of any sizes, from 1x1 up; images of equal size share a batch.
+
+        Raises FloatingPointError where a result is NaN, Inf or far out of range, and MemoryError where memory does not
+        even suffice for the smallest tiles.
+        """
         same_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, image in enumerate(images):
             same_size[image.shape].append(index)
         results: dict[int, Restored] = {}
-        for (height, width, _), indices in same_size.items():
-            size = max(1, BATCH_PIXELS // (height * width))
-            for start in range(0, len(indices), size):
-                part = indices[start : start + size]
-                batch = torch.from_numpy(np.stack([images[index] for index in part])).permute(0, 3, 1, 2)
-                results |= zip(part, self.restore(batch), strict=True)
+        for indices in same_size.values():
+            results |= zip(indices, self._of_one_size([images[index] for index in indices]), strict=True)
         return [results[index] for index in range(len(images))]
 
-    @torch.inference_mode()
-    def restore(self, batch: Tensor) -> Iterator[Restored]:
-        """Restore a batch of one size, uint8 [B, 3, H, W].
+    def _of_one_size(self, images: list[Pixels]) -> list[Restored]:
+        height, width, _ = images[0].shape
+        together = BATCH_PIXELS // (height * width) if max(height, width) <= TILE else 1
+        first = rung = Rung(max(1, min(together, len(images))), TILE, self.device)
+        results: list[Restored] = []
+        while len(results) < len(images):
+            part = images[len(results) : len(results) + rung.batch]
+            restored = self._try(part, rung)
+            if restored is not None:
+                results += [replace(result, note=rung.note(first)) for result in restored]
+                continue
+            release_memory()
+            below = replace(rung, batch=len(part)).below(max(height, width))
+            if below is None:
+                raise MemoryError(f"not enough memory to restore {width} x {height} pixels")
+            rung = below
+        return results
 
-        Raises FloatingPointError if the result is NaN or Inf, MemoryError or torch.OutOfMemoryError.
-        """
-        batch = batch.to(self.device)
+    def _try(self, images: list[Pixels], rung: Rung) -> list[Restored] | None:
+        """None when memory ran out. By the return what was taken is free again: no exception holds it any more."""
         try:
-            image, survival = self._tiled(batch) if max(batch.shape[-2:]) > TILE else self._predict(batch)
-        except RuntimeError as error:
-            if "allocate memory" in str(error):  # torch has no exception of its own for it on CPUs
-                raise MemoryError(str(error)) from error
+            if max(images[0].shape) > rung.tile:
+                return [self._in_tiles(image, rung) for image in images]
+            return self._whole(images, rung.device)
+        except MemoryError:
+            return None
+        except RuntimeError as error:  # torch.OutOfMemoryError among them
+            if any(text in str(error) for text in OUT_OF_MEMORY):
+                return None
             raise
-        if not torch.isfinite(image).all():
-            raise FloatingPointError("the network's output is not finite")
+
+    @torch.inference_mode()
+    def _whole(self, images: list[Pixels], device: torch.device) -> list[Restored]:
+        """Images of one size as one batch."""
+        batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)  # [B, 3, H, W]
+        image, survival = self._predict(batch, device)
         output = to_uint8(image)
         diagnoses = diagnose(batch, output, survival)
         if survival is not None and len(self.repair) < len(KINDS):
-            lost_colour = torch.tensor([gray >= UNDAMAGED_GRAY for gray in diagnoses[3]], device=self.device)
+            lost_colour = torch.tensor([gray >= UNDAMAGED_GRAY for gray in diagnoses[3]], device=device)
             output = repair_only(self.repair, batch, output, survival, lost_colour)
         pixels = output.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        return (Restored(*values) for values in zip(pixels, *diagnoses, strict=True))
+        return [Restored(*values) for values in zip(pixels, *diagnoses, strict=True)]
 
-    def _predict(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
-        image, survival = self._forward(batch)
-        if not self.self_ensemble:
-            return image, survival
-        mirrored, mirrored_survival = self._forward(batch.flip(3))
-        image = (image + mirrored.flip(3)) / 2
-        if survival is not None and mirrored_survival is not None:
-            survival = (survival + mirrored_survival.flip(3)) / 2
+    @torch.inference_mode()
+    def _in_tiles(self, image: Pixels, rung: Rung) -> Restored:
+        """One image, in memory that grows with it by no more than the result and a bit a pixel."""
+        height, width, _ = image.shape
+        output, destroyed = tiles.predict(
+            image,
+            lambda batch: self._predict(batch.to(rung.device), rung.device),
+            tile=rung.tile,
+            overlap=min(OVERLAP, rung.tile * 3 // 4),
+        )
+
+        def tensors(at: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor | None]:
+            """Before, after, and survival as far as it is still known: by its sign."""
+            before, after = (
+                torch.from_numpy(pixels[at].copy()).permute(2, 0, 1)[None].to(rung.device) for pixels in (image, output)
+            )
+            if destroyed is None:
+                return before, after, None
+            gone = torch.from_numpy(destroyed[at])[None, None].to(rung.device)
+            return before, after, torch.where(gone, -1.0, 1.0)
+
+        blocks = list(tiles.blocks(height, width, min(BLOCK, rung.tile), CONTEXT))
+        sums = torch.zeros(8, 1, dtype=torch.float64)
+        for block in blocks:
+            sums += evidence(*tensors(block.around), *block.within).double().cpu()
+        (sigma,), (flips,), (patches,), (gray,) = verdict(sums, gated=destroyed is not None)
+        if destroyed is not None and len(self.repair) < len(KINDS):
+            lost_colour = torch.tensor([gray >= UNDAMAGED_GRAY], device=rung.device)
+            for block in blocks:
+                before, after, survival = tensors(block.around)
+                assert survival is not None
+                repaired = repair_only(self.repair, before, after, survival, lost_colour)
+                # In place: around a block nothing but the gate is looked at.
+                output[block.at] = repaired[0, :, *block.within].permute(1, 2, 0).cpu().numpy()
+        return Restored(output, sigma, flips, patches, gray)
+
+    def _predict(self, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Float [B, 3, H, W] and survival logits [B, 1, H, W] for uint8. Raises FloatingPointError."""
+        image, survival = self._forward(batch, device)
+        if self.self_ensemble:
+            mirrored, mirrored_survival = self._forward(batch.flip(3), device)
+            image = (image + mirrored.flip(3)) / 2
+            if survival is not None and mirrored_survival is not None:
+                survival = (survival + mirrored_survival.flip(3)) / 2
+        if not torch.isfinite(image).all():
+            raise FloatingPointError("the network's output is not finite")
+        if ((image < -1) | (image > 2)).float().mean(dim=(1, 2, 3)).max() > WILD_SHARE:
+            raise FloatingPointError("the network's output is far out of range")
         return image, survival
 
-    def _forward(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _forward(self, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
         x = (batch.float() / 255).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            prediction = self.model(x)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            prediction = self.network(device)(x)
         survival = prediction.survival
         return prediction.image.float(), None if survival is None else survival.float()
-
-    def _tiled(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Overlapping tiles, weighted so that each fades out where the next one takes over."""
-        count, _, height, width = batch.shape
-        total = torch.zeros(count, 4, height, width, device=self.device)  # image and survival
-        weights = torch.zeros(height, width, device=self.device)
-        gated = False
-        for top in _starts(height):
-            for left in _starts(width):
-                tile = batch[:, :, top : top + TILE, left : left + TILE]
-                image, survival = self._predict(tile)
-                gated = survival is not None
-                both = torch.cat([image, survival], dim=1) if survival is not None else image
-                rows = _fade(tile.shape[-2], top > 0, top + TILE < height)
-                columns = _fade(tile.shape[-1], left > 0, left + TILE < width)
-                weight = (rows[:, None] * columns[None, :]).to(self.device)
-                total[:, : both.shape[1], top : top + TILE, left : left + TILE] += both * weight
-                weights[top : top + TILE, left : left + TILE] += weight
-        total /= weights
-        return total[:, :3], total[:, 3:] if gated else None
 
 
 def check_repair(folder: ModelFolder, repair: Collection[Kind]) -> None:
@@ -169,94 +268,10 @@ def check_repair(folder: ModelFolder, repair: Collection[Kind]) -> None:
     require(gated or len(repair) == len(KINDS), "repair", ",".join(repair), advice)
 
 
-def _starts(length: int) -> range:
-    """First pixels of the tiles along one side, whole multiples of every network's coarsest scale."""
-    return range(0, max(1, length - OVERLAP), TILE - OVERLAP)
-
-
-def _fade(length: int, before: bool, after: bool) -> Tensor:
-    """Weights along one side of a tile: ramps over the overlap, at those ends where a neighbour is."""
-    weight = torch.ones(length)
-    # What lies near a tile's border sees too little around it to count at all.
-    ramp = ((torch.arange(OVERLAP) + 0.5) / OVERLAP * 4 - 1.5).clamp(0, 1)
-    if before:
-        weight[:OVERLAP] *= ramp[:length]
-    if after:
-        weight[-OVERLAP:] *= ramp.flip(0)
-    return weight
-
-
-def diagnose(
-    damaged: Tensor, restored: Tensor, survival: Tensor | None
-) -> tuple[list[float], list[float | None], list[float | None], list[float]]:
-    """What was wrong with each image, read off what the network did to it: sigma, flips, patches, gray.
-
-    Args:
-        damaged, restored: uint8 [B, 3, H, W].
-        survival: the gate's logits [B, 1, H, W], or None.
-    """
-    count = len(damaged)
-    flipped, painted = destroyed_pixels(torch.ones_like(damaged[:, :1]).float() if survival is None else survival)
-    patch_share = painted.float().mean(dim=(1, 2, 3))
-    flip_share = flipped.float().sum(dim=(1, 2, 3)) / (~painted).sum(dim=(1, 2, 3)).clamp(min=1)
-
-    before, after = to_gray(damaged).float(), to_gray(restored).float()  # lost colour is not noise
-    kept = ~(flipped | painted)
-    removed = (before - after)[:, :1].square() * kept
-    luma_sigma = (removed.sum(dim=(1, 2, 3)) / kept.sum(dim=(1, 2, 3)).clamp(min=1)).sqrt()
-    sigma = luma_sigma / (0.299**2 + 0.587**2 + 0.114**2) ** 0.5  # independent channels average out in the luma
-
-    had, has = _colourfulness(damaged, kept), _colourfulness(restored, kept)
-    gray = ((has - had) / has.clamp(min=1.0)).clamp(min=0.0)
-    shares: list[list[float | None]] = [
-        [None] * count if survival is None else list(share.tolist()) for share in (flip_share, patch_share)
-    ]
-    return sigma.tolist(), shares[0], shares[1], gray.tolist()
-
-
-def destroyed_pixels(survival: Tensor) -> tuple[Tensor, Tensor]:
-    """From the gate's logits [B, 1, H, W], two masks, bool [B, 1, H, W]: flipped pixels, pixels under patches."""
-    destroyed = survival < 0
-    # A patch is where nearly all of a neighbourhood is destroyed; flipped pixels stand among survivors.
-    dense = F.avg_pool2d(destroyed.float(), 7, stride=1, padding=3, count_include_pad=False) > 0.8
-    painted = (F.max_pool2d(dense.float(), 7, stride=1, padding=3) > 0) & destroyed
-    return destroyed & ~painted, painted
-
-
-def repair_only(
-    repair: Container[Kind], damaged: Tensor, restored: Tensor, survival: Tensor, lost_colour: Tensor
-) -> Tensor:
-    """Take from the restored images what repairs the chosen damages, and the rest from the damaged ones.
-
-    Args:
-        repair: kinds of damage to repair.
-        damaged, restored: uint8 [B, 3, H, W].
-        survival: the gate's logits [B, 1, H, W].
-        lost_colour: whether the image was diagnosed as gray, bool [B].
-
-    Returns uint8 [B, 3, H, W].
-    """
-    flipped, painted = destroyed_pixels(survival)
-    lost = lost_colour.reshape(-1, 1, 1, 1)
-    result, untouched = restored, damaged
-    if "gray" in repair:  # colour on a gray image, whose grain stays
-        colour = restored.int() - to_gray(restored).int()
-        untouched = torch.where(lost, (to_gray(damaged).int() + colour).clamp(0, 255).to(torch.uint8), damaged)
-    else:
-        result = torch.where(lost, to_gray(restored), restored)
-    if "noise" not in repair:
-        result = torch.where(flipped | painted, result, untouched)
-    if "flips" not in repair:
-        result = torch.where(flipped, damaged, result)
-    if "patches" not in repair:
-        result = torch.where(painted, damaged, result)
-    return result
-
-
-def _colourfulness(images: Tensor, kept: Tensor) -> Tensor:
-    """Mean distance of the surviving, locally averaged colours from grey, of 255, [B]."""
-    weight = F.avg_pool2d(kept.float(), 9, stride=1, padding=4, count_include_pad=False)
-    local = F.avg_pool2d(images.float() * kept, 9, stride=1, padding=4, count_include_pad=False)
-    local = local / weight.clamp(min=0.05)
-    spread = (local - local.mean(dim=1, keepdim=True)).abs().mean(dim=1, keepdim=True)
-    return (spread * weight).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3)).clamp(min=1e-6)
+def release_memory() -> None:
+    """Give back what torch's cache and glibc's heaps keep of freed memory, so that pieces of another size find room."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # a libc other than glibc
+            ctypes.CDLL(None).malloc_trim(0)

@@ -16,7 +16,17 @@ from restore_core.storage import Storage
 Pixels = npt.NDArray[np.uint8]
 
 SOFTWARE = "restore_core"
-FLAT_STD, FLAT_PIXELS = 16, 256
+JUDGED_PIXELS = 256
+"""Smaller pictures may well end in one colour, or in black and white."""
+VARIED = 9
+"""From here on the spread of a picture's local means (of their middle half, of 255) is more than noise or flips."""
+LOCAL = 16
+"""Side of the squares of the local means, pixels. Noise of sigma 75 spreads them by 6, 50 % of flips by 7."""
+CLIPPED_SHARE = 0.99
+SAME, NEAR = 8, 32
+"""Input values this far from the result's, of 255, may be the same but for a little or much noise."""
+BAND_PIXELS = 2**20
+"""Pixels that are compared at once, so that large pictures need no copy."""
 
 
 def encode(
@@ -31,13 +41,13 @@ def encode(
 ) -> bytes:
     """The restored pixels (uint8 [H, W, 3]) in the source's format; fills in the row's status and change.
 
-    Raises ItemError: `model` where the result is one flat colour though the input was not, or differs from it by more
-    than `max_change` (mean absolute difference, of 255); `encode`.
+    Raises ItemError: `model` where nothing of the picture is left in the result (see `nothing_left`), or it differs
+    by more than `max_change` (mean absolute difference, of 255); `encode`.
     """
-    # Tiny or nearly flat pictures may well end in one colour.
-    if np.ptp(restored) == 0 and np.std(picture.pixels) > FLAT_STD and picture.width * picture.height >= FLAT_PIXELS:
-        raise ItemError("model", "the network returned one flat colour; the original is kept")
-    change = float(np.abs(restored.astype(np.int16) - picture.pixels).mean())
+    difference = compare(picture.pixels, restored)
+    if reason := nothing_left(difference):
+        raise ItemError("model", f"{reason}; the original is kept")
+    change = difference.change
     if max_change is not None and change > max_change:
         raise ItemError("model", f"the result differs by {change:.1f} of 255, over --max-change; the original is kept")
     data = codecs.encode(
@@ -55,6 +65,77 @@ def encode(
 def software(row: Row) -> str:
     """What the EXIF tag Software of a restored file says."""
     return f"{SOFTWARE} (model {row.model[:12]})"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a result is beside its input."""
+
+    pixels: int
+    change: float
+    """Mean absolute difference, of 255."""
+    flat: bool
+    """The result is of one colour."""
+    clipped: float
+    """Share of the result's values that are 0 or 255."""
+    same: float
+    """Share of the input's values within `SAME` of the result's."""
+    near: float
+    """Share of the input's values within `NEAR` of the result's."""
+    variation: float
+    """How far the middle half of the input's local means spreads, in the channel where it does most, of 255."""
+
+
+def compare(before: Pixels, after: Pixels) -> Difference:
+    """Compare uint8 pictures [H, W, 3] of one size, band by band."""
+    height, width, _ = before.shape
+    local = min(LOCAL, height), min(LOCAL, width)
+    band = max(1, BAND_PIXELS // (width * local[0])) * local[0]
+    total = clipped = same = near = 0
+    flat = True
+    means = []
+    for top in range(0, height, band):
+        a, b = before[top : top + band], after[top : top + band]
+        distance = np.maximum(a, b) - np.minimum(a, b)
+        total += int(distance.sum(dtype=np.int64))
+        clipped += int(np.count_nonzero((b == 0) | (b == 255)))
+        same += int(np.count_nonzero(distance <= SAME))
+        near += int(np.count_nonzero(distance <= NEAR))
+        flat = flat and bool((b == after[0, 0]).all())
+        means.append(_local_means(a, *local))
+    quarter, three_quarters = np.percentile(np.concatenate(means), (25, 75), axis=0)
+    return Difference(
+        pixels=height * width,
+        change=total / before.size,
+        flat=flat,
+        clipped=clipped / before.size,
+        same=same / before.size,
+        near=near / before.size,
+        variation=float((three_quarters - quarter).max()),
+    )
+
+
+def nothing_left(difference: Difference) -> str | None:
+    """Why a result cannot be a restored picture: one flat colour, or only black and white, though the input was not.
+
+    An empty page under noise or flipped pixels hardly varies in its local means; under patches most of it has kept its
+    colour. Line art ends in black and white, and most of its values were near them before.
+    """
+    if difference.pixels < JUDGED_PIXELS:
+        return None
+    if difference.flat and difference.variation > VARIED and difference.same < 0.5:
+        return "the network returned one flat colour"
+    if difference.clipped > CLIPPED_SHARE and difference.near < 0.5:
+        return "the network returned nothing but black and white"
+    return None
+
+
+def _local_means(pixels: Pixels, height: int, width: int) -> npt.NDArray[np.float64]:
+    """Means of whole squares of height x width pixels (fewer below and on the right are left out), [N, 3]."""
+    rows, columns = len(pixels) // height, pixels.shape[1] // width
+    squares = pixels[: rows * height, : columns * width].reshape(rows, height, columns, width, 3)
+    means: npt.NDArray[np.float64] = squares.mean(axis=(1, 3)).reshape(-1, 3)
+    return means
 
 
 def write(row: Row, data: bytes, output: Storage) -> None:

@@ -1,6 +1,6 @@
 """The network as a function on photographs: any size, any batch, tiles, and what it says was wrong."""
 
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +9,16 @@ import skimage.data
 import torch
 from torch import Tensor
 
-from restore_core import checkpoint, degradations, inference
+from restore_core import checkpoint, codec, degradations, inference, tiles
 from restore_core.checkpoint import ModelFolder
 from restore_core.config import KINDS, AutoencoderConfig, Kind, ModelConfig, ResidualUNetConfig
 from restore_core.degradations import Generator, degrade, fixed_damage, seed_of
+from restore_core.diagnosis import UNDAMAGED_GRAY, destroyed_pixels, diagnose, repair_only
 from restore_core.errors import UsageError
-from restore_core.inference import Pixels, Restorer, destroyed_pixels, diagnose, repair_only
-from restore_core.model import build
+from restore_core.inference import CPU, Pixels, Restorer, Rung
+from restore_core.manifest import Row
+from restore_core.model import Prediction, build
+from restore_core.pipelines import stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -104,17 +107,40 @@ def test_many_small_tiles_are_put_together_right(
     assert difference.mean() < 0.1
 
 
-def test_tiles_cover_every_pixel_with_the_weights_of_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "TILE", 64)
-    monkeypatch.setattr(inference, "OVERLAP", 32)
-    for length in range(1, 300):
-        weights = torch.zeros(length)
-        starts = list(inference._starts(length))
-        for top in starts:
-            tile = min(64, length - top)
-            weights[top : top + 64] += inference._fade(tile, top > 0, top + 64 < length)
-        assert starts[0] == 0 and all(after - before == 32 for before, after in pairwise(starts))
-        torch.testing.assert_close(weights, torch.ones(length))
+def tile_number(batch: Tensor, numbers: Iterator[int]) -> tuple[Tensor, Tensor | None]:
+    return torch.full(batch.shape, next(numbers) % 5 / 5).float(), None
+
+
+@pytest.mark.parametrize("overlap", [16, 32, 48])
+def test_tiles_are_put_together_without_a_gap(overlap: int) -> None:
+    """What does nothing to a tile does nothing to the image, and the gate's word is kept where it was said."""
+
+    def nothing(batch: Tensor) -> tuple[Tensor, Tensor | None]:
+        return batch.float() / 255, batch[:, :1].float() - 100
+
+    sizes = [(height, 70) for height in range(1, 180, 7)] + [(130, width) for width in range(1, 180, 7)]
+    for height, width in sizes:
+        image = np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
+        result, destroyed = tiles.predict(image, nothing, 64, overlap)
+        np.testing.assert_array_equal(result, image)
+        assert destroyed is not None
+        rows, columns = slice(height // 3, height), slice(width // 3, width - width // 4)
+        np.testing.assert_array_equal(destroyed[rows, columns], image[rows, columns, 0] < 100)
+
+
+def test_a_tile_fades_into_the_next_over_the_middle_of_what_they_share() -> None:
+    numbers = iter(range(100))
+    image = np.zeros((100, 100, 3), np.uint8)
+    result, destroyed = tiles.predict(image, lambda batch: tile_number(batch, numbers), 64, 32)
+    assert destroyed is None
+    levels = result[:, :, 0].astype(int)
+    assert levels[:46, :46].max() == 0  # the first tile, up to seven sixteenths of the overlap
+    assert (levels[:46, 50:78] == 51).all() and (levels[82:, 82:] == 8 % 5 * 51).all()
+    ramp = (np.arange(4) + 0.5) / 4
+    np.testing.assert_allclose(levels[0, 46:50], 51 * ramp, atol=0.51)
+    corner = np.array([[0, 51], [153, 204]])  # tiles 0, 1 and, in the row below, 3 and 4
+    both = np.stack([1 - ramp, ramp])
+    np.testing.assert_allclose(levels[46:50, 46:50], np.einsum("ay,bx,ab->yx", both, both, corner), atol=0.51)
 
 
 def test_weights_that_are_not_numbers_are_noticed(tmp_path: Path) -> None:
@@ -128,6 +154,182 @@ def test_networks_without_a_gate_leave_destroyed_pixels_open(tmp_path: Path) -> 
     (result,) = restorer([photograph(20, 20)])
     assert result.flips is None and result.patches is None
     assert not result.undamaged()
+
+
+def test_an_output_far_out_of_range_is_noticed(tmp_path: Path) -> None:
+    restorer = Restorer(model_folder(tmp_path))
+    restorer([photograph(8, 8)])
+    with torch.no_grad():
+        next(restorer.networks[CPU].modules()).tail.weight.mul_(1e4)  # type: ignore[union-attr, operator]
+    with pytest.raises(FloatingPointError, match="far out of range"):
+        restorer([photograph(8, 8)])
+
+
+@pytest.mark.parametrize("repair", [("noise", "flips"), ("patches", "gray")])
+def test_in_tiles_a_choice_of_damages_is_the_same_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repair: tuple[Kind, ...]
+) -> None:
+    """Diagnosed and chosen block by block, against the whole at once."""
+    monkeypatch.setattr(inference, "TILE", 64)
+    monkeypatch.setattr(inference, "OVERLAP", 32)
+    monkeypatch.setattr(inference, "BLOCK", 24)
+    restorer = Restorer(model_folder(tmp_path), repair=repair)
+    clean = torch.from_numpy(photograph(70, 100)).permute(2, 0, 1)[None]
+    damage = fixed_damage(Generator([4]), area=0.2, gray="gray" in repair)
+    damaged, destroyed = degrade(clean, damage, Generator([4]))
+    image = damaged[0].permute(1, 2, 0).contiguous().numpy()
+    knowing_gate(restorer, destroyed, damaged)
+    (result,) = restorer([image])
+    output, gone = tiles.predict(image, lambda batch: restorer._predict(batch, CPU), 64, 32)
+    assert gone is not None
+    survival = torch.where(torch.from_numpy(gone[slice(0, 70), slice(0, 100)])[None, None], -1.0, 1.0)
+    assert torch.equal(survival[0] < 0, destroyed[0])
+    after = torch.from_numpy(output).permute(2, 0, 1)[None]
+    sigma, flips, patches, gray = diagnose(damaged, after, survival)
+    assert (result.flips, result.patches) == pytest.approx((flips[0], patches[0]), rel=1e-6)
+    assert (result.sigma, result.gray) == pytest.approx((sigma[0], gray[0]), rel=1e-4)
+    lost = torch.tensor(gray) > UNDAMAGED_GRAY
+    assert lost
+    expected = repair_only(repair, damaged, after, survival, lost)[0].permute(1, 2, 0)
+    np.testing.assert_array_equal(result.pixels, expected)
+    assert not np.array_equal(result.pixels, output) and not np.array_equal(result.pixels, image)
+
+
+def knowing_gate(restorer: Restorer, destroyed: Tensor, damaged: Tensor) -> None:
+    """Make the network's gate say what was destroyed, wherever in the image a tile lies, and its image colourful."""
+
+    def tell(module: object, inputs: tuple[Tensor], prediction: Prediction) -> Prediction:
+        (x,) = inputs
+        height, width = x.shape[-2:]
+        for top in range(damaged.shape[-2] - height + 1):
+            for left in range(damaged.shape[-1] - width + 1):
+                here = slice(top, top + height), slice(left, left + width)
+                if torch.equal((damaged[:, :, *here].float() / 255), x):
+                    colour = torch.tensor([0.15, 0.0, -0.15]).reshape(1, 3, 1, 1)
+                    return Prediction((x + colour).clamp(0, 1), torch.where(destroyed[:, :, *here], -5.0, 5.0))
+        raise AssertionError("no such tile")
+
+    restorer.networks[CPU].register_forward_hook(tell)  # type: ignore[arg-type]
+
+
+# --- When memory runs out ------------------------------------------------------------------------------------------
+
+SHORTAGES = {
+    "numpy": MemoryError("Unable to allocate 1.00 GiB"),
+    "torch on the CPU": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+    ),
+    "torch on CUDA": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "a layer": RuntimeError("could not create a memory object"),
+}
+
+
+def short_of_memory(
+    restorer: Restorer, pixels: int, error: Exception = SHORTAGES["numpy"], device: torch.device = CPU
+) -> list[tuple[int, ...]]:
+    """Let the real network fail on more than so many pixels at once. Returns the sizes that it was given, in turn."""
+    seen = []
+
+    def allocate(module: object, inputs: tuple[Tensor]) -> None:
+        size = inputs[0].shape
+        seen.append((size[0], *size[2:]))
+        if size[0] * size[2] * size[3] > pixels:
+            raise error
+
+    restorer.network(device).register_forward_pre_hook(allocate)
+    return seen
+
+
+@pytest.mark.parametrize("error", SHORTAGES)
+def test_out_of_memory_the_batch_is_halved(restorer: Restorer, error: str) -> None:
+    images = [photograph(24, 32, seed) for seed in range(7)]
+    plenty = restorer(images)
+    seen = short_of_memory(restorer, 2 * 24 * 32, SHORTAGES[error])
+    scarce = restorer(images)
+    assert [size[0] for size in seen] == [7, 3] + 7 * [1]
+    assert {result.note for result in plenty} == {None}
+    assert {result.note for result in scarce} == {"out of memory in a batch of 7; done in a batch of 1"}
+    for one, other in zip(plenty, scarce, strict=True):
+        np.testing.assert_array_equal(one.pixels, other.pixels)
+
+
+@pytest.mark.parametrize("tile", [512, 256])
+def test_out_of_memory_the_tiles_become_smaller(restorer: Restorer, tile: int) -> None:
+    image = np.tile(skimage.data.astronaut(), (2, 2, 1))[:530, :40].copy()
+    (whole,) = restorer([image])
+    seen = short_of_memory(restorer, tile * 40)
+    (tiled,) = restorer([image])
+    assert seen[0] == (1, 530, 40) and seen[-2][1] == tile
+    assert tiled.note == f"out of memory in tiles of 1024 pixels; done in tiles of {tile}"
+    assert np.abs(tiled.pixels.astype(int) - whole.pixels).max() <= 1
+
+
+def test_out_of_memory_on_the_gpu_the_cpu_takes_over(tmp_path: Path) -> None:
+    """With the CPU's own number in the place of a GPU."""
+    gpu = torch.device("cpu:0")
+    restorer, image = Restorer(model_folder(tmp_path), gpu), photograph(300, 20)
+    (plenty,) = restorer([image])
+    assert list(restorer.networks) == [gpu]
+    seen = short_of_memory(restorer, 0, SHORTAGES["torch on CUDA"], gpu)
+    (scarce,) = restorer([image])
+    assert seen == [(1, 300, 20), (1, 256, 20)]
+    assert scarce.note == "out of memory on cpu:0; done on the cpu"
+    np.testing.assert_array_equal(scarce.pixels, plenty.pixels)
+    short_of_memory(restorer, 256 * 20)
+    assert restorer([image])[0].note == "out of memory on cpu:0; done on the cpu in tiles of 256 pixels"
+
+
+def test_the_ladder_ends_on_the_cpu() -> None:
+    rung: Rung | None = Rung(5, 1024, torch.device("cuda"))
+    ladder = []
+    while rung is not None:
+        ladder.append((rung.batch, rung.tile, rung.device.type))
+        rung = rung.below(2000)
+    gpu, cpu = "cuda", "cpu"
+    assert ladder == [
+        (5, 1024, gpu), (2, 1024, gpu), (1, 1024, gpu), (1, 512, gpu), (1, 256, gpu),
+        (1, 1024, cpu), (1, 512, cpu), (1, 256, cpu),
+    ]  # fmt: skip
+    assert Rung(1, 1024, CPU).below(200) is None  # smaller tiles would change nothing
+
+
+def test_out_of_memory_at_the_foot_is_an_error(restorer: Restorer) -> None:
+    short_of_memory(restorer, 10)
+    with pytest.raises(MemoryError, match="not enough memory to restore 40 x 30 pixels"):
+        restorer([photograph(30, 40)])
+
+
+def test_other_errors_are_bugs(restorer: Restorer) -> None:
+    short_of_memory(restorer, 10, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="mat1"):
+        restorer([photograph(30, 40)])
+
+
+def item(image: Pixels, key: str) -> stages.Item:
+    row = Row(key=key, size=1, etag="e", model="m", options="o", run_id="r")
+    height, width, _ = image.shape
+    return stages.Item(row, b"", codec.Picture(image, "PNG", "RGB", width, height, None, False))
+
+
+def test_what_memory_and_network_do_is_in_the_rows(restorer: Restorer) -> None:
+    """One picture finds no memory, another comes out as NaN; the others are restored, and one says how."""
+    sizes = {"small": (10, 10), "batch 1": (16, 16), "batch 2": (16, 16), "tiles": (290, 20), "none": (260, 90)}
+    items = [item(photograph(*size), key) for key, size in sizes.items()] + [item(photograph(9, 9), "nan")]
+    short_of_memory(restorer, 256 * 20)
+
+    def spoil(module: object, inputs: tuple[Tensor], prediction: Prediction) -> Prediction:
+        return Prediction(prediction.image * (torch.nan if inputs[0].shape[-1] == 9 else 1), prediction.survival)
+
+    restorer.networks[CPU].register_forward_hook(spoil)  # type: ignore[arg-type]
+    stages.restore(items, restorer)
+    rows = {item.row.key: item.row for item in items}
+    assert {key: row.error for key, row in rows.items() if row.error} == {"none": "out_of_memory", "nan": "model"}
+    assert rows["none"].message == "not enough memory to restore 90 x 260 pixels; use larger machines"
+    assert rows["nan"].message == "the network's output is not finite; the original is kept"
+    assert rows["tiles"].message == "out of memory in tiles of 1024 pixels; done in tiles of 256"
+    for each in items:
+        assert (each.restored is not None) == (each.row.error is None)
+    assert {rows[key].message for key in ("small", "batch 1", "batch 2")} == {None}
 
 
 # --- Diagnosis -----------------------------------------------------------------------------------------------------
@@ -209,7 +411,7 @@ def perfectly_repaired(repair: tuple[Kind, ...], **damage: object) -> tuple[Tens
     seeds = [seed_of(1, "repair", str(index)) for index in range(len(clean))]
     damaged, destroyed = degrade(clean, fixed_damage(Generator(seeds), **damage), Generator(seeds))  # type: ignore[arg-type]
     survival = torch.where(destroyed, -5.0, 5.0)
-    gray = torch.tensor(diagnose(damaged, clean, survival)[3]) > inference.UNDAMAGED_GRAY
+    gray = torch.tensor(diagnose(damaged, clean, survival)[3]) > UNDAMAGED_GRAY
     repaired = repair_only(repair, damaged, clean, survival, gray)
     return clean, damaged, repaired, *(mask.expand_as(clean) for mask in destroyed_pixels(survival))
 
@@ -276,13 +478,13 @@ def test_an_ensemble_with_the_mirror_image_does_not_know_left_from_right(tmp_pat
 
 
 def test_the_bundled_model_in_tiles_equals_itself_untiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within 1 of 255, on a damaged photograph of 350 x 400 pixels in tiles of 288."""
+    """Within 1 of 255, on a damaged photograph of 350 x 400 pixels in tiles of 320."""
     restorer = Restorer(checkpoint.read("faces"))
     clean = torch.from_numpy(np.ascontiguousarray(skimage.data.astronaut()[:350, 100:500])).permute(2, 0, 1)[None]
     generator = Generator([3])
     damaged, _ = degrade(clean, fixed_damage(generator, sigma_255=25, flips=0.1, area=0.05), generator)
     image = damaged[0].permute(1, 2, 0).contiguous().numpy()
     (whole,) = restorer([image])
-    monkeypatch.setattr(inference, "TILE", 288)
+    monkeypatch.setattr(inference, "TILE", 320)
     (tiled,) = restorer([image])
     assert np.abs(tiled.pixels.astype(int) - whole.pixels).max() <= 1

@@ -18,13 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from restore_core import codec, manifest, sinks, sources
 from restore_core.checkpoint import ModelFolder
 from restore_core.config import KINDS, Kind
 from restore_core.errors import ItemError
-from restore_core.inference import Restored, Restorer
+from restore_core.inference import Restored, Restorer, release_memory
 from restore_core.manifest import Row
 from restore_core.storage import Storage
 
@@ -38,6 +37,8 @@ SMALL_FILE_BYTES = 2**14
 """Even compressed as far as formats go, a unit of these is no more than some groups: they are not measured first."""
 STAGE_SECONDS = 900
 """Longer than a unit's files may take to be fetched and decoded, or encoded and written, retries included."""
+LARGE_BYTES = 2**24
+"""Pixels of a picture for which keeping the network's memory from the encoder matters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +170,7 @@ def restore(items: list[Item], restorer: Restorer) -> None:
     started = time.perf_counter()
     try:
         results: list[Restored | ItemError] = [*restorer([item.picture.pixels for item in waiting if item.picture])]
-    except (FloatingPointError, MemoryError, torch.OutOfMemoryError):
+    except (FloatingPointError, MemoryError):
         results = [_restore_one(item, restorer) for item in waiting]
     seconds = (time.perf_counter() - started) / max(1, len(waiting))
     for item, result in zip(waiting, results, strict=True):
@@ -180,9 +181,12 @@ def restore(items: list[Item], restorer: Restorer) -> None:
             continue
         assert item.picture is not None
         gray_file = item.picture.gray
+        row.message = "; ".join(text for text in (row.message, result.note) if text) or None
         row.sigma, row.flips, row.patches = result.sigma, result.flips, result.patches
         row.gray = None if gray_file else result.gray
         item.restored = None if result.undamaged(gray_file=gray_file, repair=restorer.repair) else result.pixels
+    if any(item.picture and item.picture.pixels.nbytes > LARGE_BYTES for item in waiting):
+        release_memory()  # what the network took is the encoder's now
 
 
 def _restore_one(item: Item, restorer: Restorer) -> Restored | ItemError:
@@ -191,8 +195,8 @@ def _restore_one(item: Item, restorer: Restorer) -> Restored | ItemError:
         return restorer([item.picture.pixels])[0]
     except FloatingPointError as error:
         return ItemError("model", f"{error}; the original is kept")
-    except (MemoryError, torch.OutOfMemoryError):
-        return ItemError("out_of_memory", "not enough memory to restore this image; use larger machines")
+    except MemoryError as error:
+        return ItemError("out_of_memory", f"{error}; use larger machines")
 
 
 def encode(item: Item, run: RestoreRun, codecs: codec.Processes) -> bytes | None:

@@ -1,0 +1,117 @@
+"""What was wrong with a photograph, read off what the network did to it; and results of which only a part is wanted."""
+
+from collections.abc import Container
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from restore_core.config import Kind
+from restore_core.degradations import to_gray
+
+CONTEXT = 10
+"""How many pixels around it a pixel's part in the diagnosis depends on: windows of 7, 7 and 9 pixels."""
+
+# Below all of these a photograph counts as undamaged and stays as it is. Found on validation photographs: see
+# DECISIONS.md, "When is a photograph undamaged".
+UNDAMAGED_SIGMA_255 = 2.5
+UNDAMAGED_SHARE = 0.002
+UNDAMAGED_GRAY = 0.5
+
+Diagnosis = tuple[list[float], list[float | None], list[float | None], list[float]]
+"""Of each image: sigma, flips, patches, gray."""
+
+
+def diagnose(damaged: Tensor, restored: Tensor, survival: Tensor | None) -> Diagnosis:
+    """What was wrong with each image, read off what the network did to it: sigma, flips, patches, gray.
+
+    Args:
+        damaged, restored: uint8 [B, 3, H, W].
+        survival: the gate's logits [B, 1, H, W], or None.
+    """
+    return verdict(evidence(damaged, restored, survival), gated=survival is not None)
+
+
+def evidence(
+    damaged: Tensor,
+    restored: Tensor,
+    survival: Tensor | None,
+    rows: slice = slice(None),
+    columns: slice = slice(None),
+) -> Tensor:
+    """Sums over `rows` and `columns` that a diagnosis consists of, [8, B].
+
+    Those of the parts of an image, each given with `CONTEXT` pixels around it where there are some, add up to those of
+    the whole.
+    """
+    flipped, painted = destroyed_pixels(torch.ones_like(damaged[:, :1]).float() if survival is None else survival)
+    before, after = to_gray(damaged).float(), to_gray(restored).float()  # lost colour is not noise
+    kept = ~(flipped | painted)
+    removed = (before - after)[:, :1].square() * kept
+    had, weight = _colour(damaged, kept)
+    has, _ = _colour(restored, kept)
+    area = torch.ones_like(weight)
+    parts = (area, flipped.float(), painted.float(), kept.float(), removed, weight, had, has)
+    return torch.stack([part[..., rows, columns].sum(dim=(1, 2, 3)) for part in parts])
+
+
+def verdict(sums: Tensor, *, gated: bool) -> Diagnosis:
+    """The diagnosis that `evidence` amounts to."""
+    area, flipped, painted, kept, removed, weight, had, has = sums
+    luma_sigma = (removed / kept.clamp(min=1)).sqrt()
+    sigma = luma_sigma / (0.299**2 + 0.587**2 + 0.114**2) ** 0.5  # independent channels average out in the luma
+    had, has = had / weight.clamp(min=1e-6), has / weight.clamp(min=1e-6)
+    gray = ((has - had) / has.clamp(min=1.0)).clamp(min=0.0)
+    shares: list[list[float | None]] = [
+        list(share.tolist()) if gated else [None] * len(area)
+        for share in (flipped / (area - painted).clamp(min=1), painted / area)
+    ]
+    return sigma.tolist(), shares[0], shares[1], gray.tolist()
+
+
+def destroyed_pixels(survival: Tensor) -> tuple[Tensor, Tensor]:
+    """From the gate's logits [B, 1, H, W], two masks, bool [B, 1, H, W]: flipped pixels, pixels under patches."""
+    destroyed = survival < 0
+    # A patch is where nearly all of a neighbourhood is destroyed; flipped pixels stand among survivors.
+    dense = F.avg_pool2d(destroyed.float(), 7, stride=1, padding=3, count_include_pad=False) > 0.8
+    painted = (F.max_pool2d(dense.float(), 7, stride=1, padding=3) > 0) & destroyed
+    return destroyed & ~painted, painted
+
+
+def repair_only(
+    repair: Container[Kind], damaged: Tensor, restored: Tensor, survival: Tensor, lost_colour: Tensor
+) -> Tensor:
+    """Take from the restored images what repairs the chosen damages, and the rest from the damaged ones.
+
+    Args:
+        repair: kinds of damage to repair.
+        damaged, restored: uint8 [B, 3, H, W].
+        survival: the gate's logits [B, 1, H, W].
+        lost_colour: whether the image was diagnosed as gray, bool [B].
+
+    Returns uint8 [B, 3, H, W].
+    """
+    flipped, painted = destroyed_pixels(survival)
+    lost = lost_colour.reshape(-1, 1, 1, 1)
+    result, untouched = restored, damaged
+    if "gray" in repair:  # colour on a gray image, whose grain stays
+        colour = restored.int() - to_gray(restored).int()
+        untouched = torch.where(lost, (to_gray(damaged).int() + colour).clamp(0, 255).to(torch.uint8), damaged)
+    else:
+        result = torch.where(lost, to_gray(restored), restored)
+    if "noise" not in repair:
+        result = torch.where(flipped | painted, result, untouched)
+    if "flips" not in repair:
+        result = torch.where(flipped, damaged, result)
+    if "patches" not in repair:
+        result = torch.where(painted, damaged, result)
+    return result
+
+
+def _colour(images: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the surviving, locally averaged colours are from grey, of 255, times their weight; and that weight."""
+    weight = F.avg_pool2d(kept.float(), 9, stride=1, padding=4, count_include_pad=False)
+    local = F.avg_pool2d(images.float() * kept, 9, stride=1, padding=4, count_include_pad=False)
+    local = local / weight.clamp(min=0.05)
+    spread = (local - local.mean(dim=1, keepdim=True)).abs().mean(dim=1, keepdim=True)
+    return spread * weight, weight

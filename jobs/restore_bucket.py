@@ -51,6 +51,11 @@ class RestoreBucket:
     max_failed_share: float = 0.5
     """Exit with 1 when more than this share has failed, 0 to 1; at once, when that is so after the first 1,000."""
 
+    storage_class: str | None = None
+    """Of all that is written to S3, such as STANDARD_IA or GLACIER_IR; else the bucket's default."""
+    kms_key: str | None = None
+    """ID, ARN or alias of the KMS key that encrypts all that is written to S3; else the bucket's default."""
+
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
         require(0 < self.max_megapixels < 1e6, "max_megapixels", self.max_megapixels, "use a number from 0 to 1000000")
@@ -63,7 +68,7 @@ class RestoreBucket:
 
 def main(job: RestoreBucket) -> int:
     from restore_core import checkpoint, manifest
-    from restore_core.storage import open_storage, overlaps, require_readable, require_writable
+    from restore_core.storage import open_storage, overlaps, require_readable, require_writable, with_put_options
 
     retry = manifest.parse_retry(job.retry_failed)
     source = open_storage(job.input, option="--input")
@@ -71,6 +76,7 @@ def main(job: RestoreBucket) -> int:
     output = open_storage(job.output, option="--output")
     if overlaps(source, output) or overlaps(output, source):
         raise UsageError(f"--output {job.output}: lies inside --input {job.input} or around it; choose another place")
+    output = with_put_options(output, storage_class=job.storage_class, kms_key=job.kms_key)
     require_writable(output, "--output")
     model = checkpoint.read(job.model)
     from restore_core import report

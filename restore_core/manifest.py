@@ -125,11 +125,8 @@ class Ledger:
         self._appended += 1
 
     def latest(self) -> pa.Table:
-        """The row that counts for each key, as `SCHEMA`, sorted by key."""
-        filesystem, root = self._files.filesystem()
-        tables = [
-            pq.read_table(f"{root}/{item.key}", filesystem=filesystem, schema=SCHEMA) for item in self._files.list()
-        ]
+        """The row that counts for each key, as `SCHEMA`, sorted by key. Raises StorageError."""
+        tables = [self._read(item) for item in self._files.list()]
         return _latest(pa.concat_tables([SCHEMA.empty_table(), *tables]))
 
     def merge(self) -> pa.Table:
@@ -144,6 +141,13 @@ class Ledger:
             if key not in merged:
                 self._files.delete(key)
         return table
+
+    def _read(self, item: Object) -> pa.Table:
+        try:
+            data, _ = self._files.read_version(item)
+        except ItemError as error:
+            raise StorageError(f"the ledger cannot be read: {error.message}") from error
+        return pq.read_table(pa.BufferReader(data), schema=SCHEMA)
 
     def _write(self, key: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()

@@ -364,7 +364,7 @@ def test_s3_folder_wins_over_an_object_of_the_same_name(s3: str) -> None:
 def test_s3_preflight_names_what_is_missing(s3: str) -> None:
     with pytest.raises(UsageError, match=r"^--input s3://nobody/raw: no such bucket; check the bucket's name$"):
         require_readable(open_storage("s3://nobody/raw"), "--input")
-    with pytest.raises(UsageError, match=r"^--output s3://nobody/out: not found; check the bucket's name$"):
+    with pytest.raises(UsageError, match=r"^--output s3://nobody/out: no such bucket; check the bucket's name$"):
         require_writable(open_storage("s3://nobody/out"), "--output")
     with pytest.raises(UsageError, match=r"^--input s3://photos/empty: no objects there; check the prefix$"):
         require_readable(open_storage("s3://photos/empty"), "--input")
@@ -418,8 +418,13 @@ def test_s3_denied(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("get_object", "put_object", "head_object"):
         monkeypatch.setattr(client, name, denied)
     place = S3Storage("photos")
-    assert fails("denied", place.read, "a.jpg") == "cannot read s3://photos/a.jpg: access denied"
-    assert fails("denied", place.write, "a.jpg", b"") == "cannot write s3://photos/a.jpg: access denied"
+    assert (
+        fails("denied", place.read, "a.jpg") == "cannot read s3://photos/a.jpg: access denied, s3:GetObject is missing"
+    )
+    assert (
+        fails("denied", place.write, "a.jpg", b"")
+        == "cannot write s3://photos/a.jpg: access denied, s3:PutObject is missing"
+    )
     fails("denied", place.exists, "a.jpg")
 
 

@@ -48,6 +48,8 @@ FLUSH_ROWS, FLUSH_SECONDS = 2000, 10.0
 PROGRESS_SECONDS = 5.0
 VERDICT_ROWS = 1000
 """So many have to be done before a run is stopped because too many fail, as S3 Batch Operations does."""
+DENIED_ROWS = 100
+"""It is stopped after so many if access was denied to each of them: more photographs would be worked on for nothing."""
 IO_THREADS = 8
 """Objects fetched, decoded, encoded and written at once in each actor."""
 LEASE_FILE = f"{manifest.FOLDER}/lease.json"
@@ -414,7 +416,7 @@ class _Account:
         self._ledger = ledger
         self._total = total
         self._max_failed_share = max_failed_share
-        self._failed = 0
+        self._failed = self._denied = 0
         self._waiting: list[Row] = []
         self._started = self._flushed = self._shown = time.monotonic()
 
@@ -427,6 +429,7 @@ class _Account:
         self._waiting += rows
         self.done.update(row.key for row in rows)
         self._failed += sum(row.status == "failed" for row in rows)
+        self._denied += sum(row.error == "denied" for row in rows)
         now = time.monotonic()
         if len(self._waiting) >= FLUSH_ROWS or now - self._flushed > FLUSH_SECONDS:
             self.flush()
@@ -438,6 +441,11 @@ class _Account:
                 "%d of %d done, %d failed, %.1f images/s, about %.0f s left",
                 len(self.done), self._total, self._failed, rate, left,
             )  # fmt: skip
+        if self._denied == len(self.done) >= DENIED_ROWS and self._max_failed_share < 1:
+            raise _TooManyFailures(
+                f"access was denied to each of the first {self._denied} objects (the last: {rows[-1].message}); "
+                f"{self._total - len(self.done)} were left alone"
+            )
         if len(self.done) >= VERDICT_ROWS and self._failed > self._max_failed_share * len(self.done):
             raise _TooManyFailures(
                 f"{self._failed} of the first {len(self.done)} objects failed, more than --max-failed-share "

@@ -25,7 +25,7 @@ from restore_core.config import KINDS, Kind
 from restore_core.errors import ItemError
 from restore_core.inference import Restored, Restorer, release_memory
 from restore_core.manifest import Row
-from restore_core.storage import Storage
+from restore_core.storage import Object, Storage
 
 Pixels = npt.NDArray[np.uint8]
 Argument = TypeVar("Argument")
@@ -104,7 +104,10 @@ def _wall(row: Row) -> Iterator[None]:
 def fetch(item: Item, run: RestoreRun) -> Item:
     with _wall(item.row):
         if item.source is None:
-            item.source = run.input.read(item.row.key)
+            # The row names the version that was read, not the one that was listed.
+            listed = Object(item.row.key, item.row.size, item.row.etag)
+            item.source, read = run.input.read_version(listed)
+            item.row.size, item.row.etag = read.size, read.etag
         item.row.input_sha256 = hashlib.sha256(item.source).hexdigest()
     return item
 

@@ -8,6 +8,7 @@ credentials come from the standard AWS_* variables and files, never from an opti
 import os
 import re
 import urllib.parse
+from dataclasses import replace
 from pathlib import Path
 
 from restore_core.errors import UsageError
@@ -17,7 +18,7 @@ from restore_core.storage.s3 import S3Storage, is_s3_object
 
 __all__ = [
     "LocalStorage", "Object", "S3Storage", "Storage", "key_of", "open_storage", "overlaps", "require_readable",
-    "require_writable",
+    "require_writable", "with_put_options",
 ]  # fmt: skip
 
 
@@ -64,8 +65,33 @@ def require_readable(storage: Storage, option: str) -> None:
 
 
 def require_writable(storage: Storage, option: str) -> None:
-    """Check, without creating anything, that `storage` can be written. Raises UsageError like `require_readable`."""
+    """Check that `storage` can be written: on S3 with an object that is deleted again, else creating nothing.
+
+    Raises UsageError like `require_readable`.
+    """
     storage.check_writable(option)
+
+
+def with_put_options(storage: Storage, *, storage_class: str | None, kms_key: str | None) -> Storage:
+    """Return the storage, which writes with these options of S3; None leaves it to the bucket. Raises UsageError.
+
+    Args:
+        storage_class: as S3 names it; one whose objects can be read at once, since ledger and outputs are read again.
+        kms_key: ID, ARN or alias of the key that encrypts what is written (SSE-KMS).
+    """
+    options = {"--storage-class": storage_class, "--kms-key": kms_key}
+    for option, value in options.items():
+        if value is not None and not isinstance(storage, S3Storage):
+            raise UsageError(f"{option} {value}: --output {storage.uri} is not on S3; leave it out")
+        if value is not None and not value.strip():
+            raise UsageError(f"{option} {value!r}: is empty; leave it out for the bucket's own default")
+    if storage_class in ("GLACIER", "DEEP_ARCHIVE"):
+        raise UsageError(
+            f"--storage-class {storage_class}: the ledger there could not be read again; use GLACIER_IR or STANDARD_IA"
+        )
+    if not isinstance(storage, S3Storage):
+        return storage
+    return replace(storage, storage_class=storage_class, kms_key=kms_key)
 
 
 def overlaps(a: Storage, b: Storage) -> bool:

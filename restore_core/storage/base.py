@@ -41,6 +41,12 @@ class Storage(Protocol):
     def read(self, key: str) -> bytes:
         """Return the object's bytes. Raises ItemError `vanished`, `denied` or `read`."""
 
+    def read_version(self, item: Object) -> tuple[bytes, Object]:
+        """Return the bytes of a listed object, whole, and what a listing says of the version that they are.
+
+        That is `item` itself, unless the object has been replaced since. Raises ItemError like `read`.
+        """
+
     def write(self, key: str, data: bytes, content_type: str | None = None) -> None:
         """Write the object whole or not at all, over an older one. Raises ItemError `denied` or `write`."""
 
@@ -79,5 +85,6 @@ class Storage(Protocol):
 
 
 def one_line(text: str) -> str:
-    """One line without user names and passwords of URLs."""
-    return re.sub(r"//[^/@\s]+@", "//", " ".join(text.split()))[:1000]
+    """One line without user names and passwords of URLs, and without characters that steer a terminal."""
+    line = re.sub(r"//[^/@\s]+@", "//", " ".join(text.split()))[:1000]
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)

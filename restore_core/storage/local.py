@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _TO_KEY = {0xDC00 + byte: 0xEF00 + byte for byte in range(0x80, 0x100)}
 _FROM_KEY = {char: surrogate for surrogate, char in _TO_KEY.items()}
 
+VERSION_TRIES = 5
+"""Of reading a file that is written to meanwhile."""
+
 _TEMPORARY = re.compile(r"\.restore-[0-9a-f]{32}\.tmp")  # short, so that any legal name can be written
 
 
@@ -72,6 +75,15 @@ class LocalStorage:
     def read(self, key: str) -> bytes:
         with _os_errors("read", self.join(key)):
             return self._path(key, "read").read_bytes()
+
+    def read_version(self, item: Object) -> tuple[bytes, Object]:
+        with _os_errors("read", self.join(item.key)):
+            for _ in range(VERSION_TRIES):
+                with self._path(item.key, "read").open("rb") as file:
+                    before, data, after = os.fstat(file.fileno()), file.read(), os.fstat(file.fileno())
+                if _etag(before) == _etag(after) and before.st_size == after.st_size == len(data):
+                    return data, Object(item.key, len(data), _etag(after))
+        raise ItemError("read", one_line(f"cannot read {self.join(item.key)}: it is written to all the time"))
 
     def write(self, key: str, data: bytes, content_type: str | None = None) -> None:
         with _os_errors("write", self.join(key)):

@@ -3,20 +3,41 @@
 import contextlib
 import functools
 import os
+import random
 import re
+import time
 import urllib.parse
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from restore_core.errors import ErrorClass, ItemError, StorageError, UsageError
 from restore_core.storage.base import Object, one_line
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import ListObjectsV2OutputTypeDef
     from pyarrow.fs import FileSystem
 
-_BODY_TRIES = 3  # botocore retries requests, but not a body that breaks off
+Result = TypeVar("Result")
+
+ATTEMPTS, READ_TIMEOUT_SECONDS = 3, 60
+ROUNDS, PATIENCE_SECONDS = 20, 240
+"""Botocore makes `ATTEMPTS` of a request, and of all requests of a client together only so many; such a round is made
+again as long as it fails for a passing reason, but no more than so often, and not after so many seconds. A request to a
+server that hangs takes ATTEMPTS * READ_TIMEOUT_SECONDS more; two in a row have to end before `stages.STAGE_SECONDS`."""
+FILESYSTEM_ATTEMPTS = 10
+"""The same of pyarrow's requests, which are made again at growing intervals."""
+PREFLIGHT_SECONDS = 20
+"""The same before the work begins, where a wrong endpoint should be told soon."""
+CONDITIONAL_SECONDS, CONDITIONAL_TIMEOUT_SECONDS = 30, 15
+"""The same for conditional writes: a lease has to be renewed in time."""
+LONGEST_PAUSE_SECONDS = 8.0
+VERSION_TRIES = 5
+"""Of reading an object that is replaced meanwhile."""
+PROBE = ".restore-probe"
+"""The key of what is put and deleted to see whether both are allowed."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +48,10 @@ class S3Storage:
     prefix: str = ""
     """Without the "/" that follows it in keys."""
     only: str | None = None
+    storage_class: str | None = None
+    """Of what is written; the bucket's default where it is None."""
+    kms_key: str | None = None
+    """ID, ARN or alias of the key that encrypts what is written (SSE-KMS); the bucket's default where it is None."""
 
     @property
     def uri(self) -> str:
@@ -39,56 +64,107 @@ class S3Storage:
     def list(self, prefix: str = "") -> Iterator[Object]:
         """See `Storage`. Folder markers (empty objects whose key ends in "/") are left out."""
         root = self.full_key("")
-        try:
-            pages = s3_client().get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self.bucket, Prefix=root + (self.only or prefix)):
-                for found in page.get("Contents", []):
-                    key = found["Key"].removeprefix(root)
-                    marker = found["Key"].endswith("/") and not found["Size"]
-                    if key and not marker and self.only in (None, key) and key.startswith(prefix):
-                        yield Object(key, found["Size"], found["ETag"].strip('"'))
-        except _s3_exceptions() as error:
-            raise StorageError(f"cannot list {self.uri}: {_describe(error)}") from error
+        more: dict[str, Any] = {}
+        while True:
+            try:
+                page = _list(Bucket=self.bucket, Prefix=root + (self.only or prefix), **more)
+            except _s3_exceptions() as error:
+                raise StorageError(f"cannot list {self.uri}: {_describe(error, 's3:ListBucket')}") from error
+            for found in page.get("Contents", []):
+                key = found["Key"].removeprefix(root)
+                marker = found["Key"].endswith("/") and not found["Size"]
+                if key and not marker and self.only in (None, key) and key.startswith(prefix):
+                    yield Object(key, found["Size"], found["ETag"].strip('"'))
+            if not page.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def read(self, key: str) -> bytes:
-        from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
-
-        with _s3_errors("read", self.join(key)):
-            for last in (*[False] * (_BODY_TRIES - 1), True):
-                try:
-                    return s3_client().get_object(Bucket=self.bucket, Key=self.full_key(key))["Body"].read()
-                except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
-                    if last:
-                        raise
+        with _s3_errors("read", self.join(key), "s3:GetObject"):
+            return _patiently(lambda client: self._get(client, key)[0])
         raise AssertionError("unreachable")
+
+    def read_version(self, item: Object) -> tuple[bytes, Object]:
+        """See `Storage`. One request, unless the object has been replaced: then a listing tells by what."""
+        for _ in range(VERSION_TRIES):
+            with _s3_errors("read", self.join(item.key), "s3:GetObject"):
+                data, etag = _patiently(partial(self._get, key=item.key, expected=item))
+            if etag == item.etag:
+                return data, item
+            now = self._listed(item.key)
+            if now is None:
+                raise ItemError("vanished", one_line(f"cannot read {self.join(item.key)}: deleted since it was listed"))
+            if (etag, len(data)) == (now.etag, now.size):
+                return data, now
+            item = now
+        raise ItemError("read", one_line(f"cannot read {self.join(item.key)}: it is replaced again and again"))
+
+    def _get(self, client: "S3Client", key: str, expected: Object | None = None) -> tuple[bytes, str]:
+        """The object's bytes and ETag. Raises _CutShort where they are fewer than those of the `expected` version."""
+        response = client.get_object(Bucket=self.bucket, Key=self.full_key(key))
+        data, etag = response["Body"].read(), response.get("ETag", "").strip('"')
+        if expected is not None and etag == expected.etag and len(data) != expected.size:
+            raise _CutShort(f"{len(data)} bytes came of {expected.size} that are listed")
+        return data, etag
+
+    def _listed(self, key: str) -> Object | None:
+        """The object as a listing shows it now: the first whose key starts so."""
+        with _s3_errors("read", self.join(key), "s3:ListBucket"):
+            page = _list(Bucket=self.bucket, Prefix=self.full_key(key), MaxKeys=1)
+        for found in page.get("Contents", []):
+            if found["Key"] == self.full_key(key):
+                return Object(key, found["Size"], found["ETag"].strip('"'))
+        return None
 
     def write(self, key: str, data: bytes, content_type: str | None = None) -> None:
         extra: dict[str, Any] = {"ContentType": content_type} if content_type else {}
-        with _s3_errors("write", self.join(key)):
-            s3_client().put_object(Bucket=self.bucket, Key=self.full_key(key), Body=data, **extra)
+        with _s3_errors("write", self.join(key), "s3:PutObject"):
+            _patiently(lambda client: client.put_object(**self._put_options(key), Body=data, **extra))
+
+    def _put_options(self, key: str) -> dict[str, Any]:
+        options: dict[str, Any] = {"Bucket": self.bucket, "Key": self.full_key(key)}
+        if self.storage_class is not None:
+            options["StorageClass"] = self.storage_class
+        if self.kms_key is not None:
+            options |= {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": self.kms_key}
+        return options
 
     def write_if(self, key: str, data: bytes, version: str | None) -> str | None:
         """See `Storage`. One conditional request (Amazon S3 and MinIO have them)."""
         condition: dict[str, Any] = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
-        with _s3_errors("write", self.join(key)):
+
+        def put(client: "S3Client") -> str | None:
             try:
-                put = s3_client().put_object(Bucket=self.bucket, Key=self.full_key(key), Body=data, **condition)
+                done = client.put_object(**self._put_options(key), Body=data, **condition)
             except _s3_exceptions() as error:
-                # 409: another conditional write of it was under way; 404: it should be replaced, and is gone
-                if _status(error) in (409, 412) or (version is not None and _code(error) == "NoSuchKey"):
-                    return None
-                raise
-            return put["ETag"].strip('"')
+                # 404: it should be replaced, and is gone
+                if _status(error) != 412 and not (version is not None and _code(error) == "NoSuchKey"):
+                    raise
+                return self._version_of(client, key, data)
+            return done["ETag"].strip('"')
+
+        with _s3_errors("write", self.join(key), "s3:PutObject"):
+            return _patiently(put, CONDITIONAL_SECONDS, read_timeout=CONDITIONAL_TIMEOUT_SECONDS)
         raise AssertionError("unreachable")
 
+    def _version_of(self, client: "S3Client", key: str, data: bytes) -> str | None:
+        """The version that holds these bytes: written by an attempt whose answer was lost, and which was made again."""
+        try:
+            there, etag = self._get(client, key)
+        except _s3_exceptions() as error:
+            if _status(error) == 404:
+                return None
+            raise
+        return etag if there == data else None
+
     def delete(self, key: str) -> None:
-        with _s3_errors("write", self.join(key)):
-            s3_client().delete_object(Bucket=self.bucket, Key=self.full_key(key))
+        with _s3_errors("write", self.join(key), "s3:DeleteObject", verb="delete"):
+            _patiently(lambda client: client.delete_object(Bucket=self.bucket, Key=self.full_key(key)))
 
     def exists(self, key: str) -> bool:
         try:
-            with _s3_errors("read", self.join(key)):
-                s3_client().head_object(Bucket=self.bucket, Key=self.full_key(key))
+            with _s3_errors("read", self.join(key), "s3:GetObject"):
+                _patiently(lambda client: client.head_object(Bucket=self.bucket, Key=self.full_key(key)))
         except ItemError as error:
             if error.error == "vanished":
                 return False
@@ -102,9 +178,9 @@ class S3Storage:
     def filesystem(self) -> "tuple[FileSystem, str]":
         """See `Storage`. Raises StorageError when the bucket's region is neither set nor can be asked for."""
         import boto3
-        from pyarrow.fs import S3FileSystem
+        from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
 
-        settings: dict[str, Any] = {}
+        settings: dict[str, Any] = {"retry_strategy": AwsStandardS3RetryStrategy(max_attempts=FILESYSTEM_ATTEMPTS)}
         try:
             client = s3_client()
             endpoint = urllib.parse.urlsplit(client.meta.endpoint_url)
@@ -112,50 +188,99 @@ class S3Storage:
             if not re.search(r"\.amazonaws\.com(\.cn)?$", endpoint.hostname or ""):
                 settings |= {"endpoint_override": endpoint.netloc.rpartition("@")[2], "scheme": endpoint.scheme}
             elif region is None:  # pyarrow, unlike boto3, does not follow the redirect to the bucket's own region
-                headers = client.head_bucket(Bucket=self.bucket)["ResponseMetadata"]["HTTPHeaders"]
+                found = _patiently(lambda client: client.head_bucket(Bucket=self.bucket))
+                headers = found["ResponseMetadata"]["HTTPHeaders"]
                 region = headers.get("x-amz-bucket-region")
-            if "AWS_ACCESS_KEY_ID" not in os.environ and (found := boto3.session.Session().get_credentials()):
-                frozen = found.get_frozen_credentials()
+            if "AWS_ACCESS_KEY_ID" not in os.environ and (chain := boto3.session.Session().get_credentials()):
+                frozen = chain.get_frozen_credentials()
                 settings |= {"access_key": frozen.access_key, "secret_key": frozen.secret_key}
                 settings |= {"session_token": frozen.token} if frozen.token else {}
         except _s3_exceptions() as error:
-            raise StorageError(f"cannot use {self.uri}: {_describe(error)}") from error
+            raise StorageError(f"cannot use {self.uri}: {_describe(error, 's3:ListBucket')}") from error
         return S3FileSystem(region=region or "us-east-1", **settings), f"{self.bucket}/{self.prefix}".rstrip("/")
 
     def join(self, key: str) -> str:
         return f"s3://{self.bucket}/{self.full_key(key)}"
 
     def child(self, prefix: str) -> "S3Storage":
-        return S3Storage(self.bucket, self.full_key(prefix).removesuffix("/"))
+        return replace(self, prefix=self.full_key(prefix).removesuffix("/"), only=None)
 
     def check_readable(self, option: str) -> None:
         try:
             prefix = self.full_key(self.only or "")
-            found = s3_client(attempts=2).list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=1)
+            found = _list(PREFLIGHT_SECONDS, offline=False, Bucket=self.bucket, Prefix=prefix, MaxKeys=1)
         except _s3_exceptions() as error:
-            raise UsageError(f"{option} {self.uri}: {_describe(error)}; {_advice(error)}") from error
+            raise UsageError(f"{option} {self.uri}: {_describe(error, 's3:ListBucket')}; {_advice(error)}") from error
         if self.prefix and not found.get("Contents"):
             raise UsageError(f"{option} {self.uri}: no objects there; check the prefix")
 
     def check_writable(self, option: str) -> None:
+        """See `require_writable`. Puts a small object as everything else will be put, and deletes it."""
         if self.only is not None:
             raise UsageError(f"{option} {self.join(self.only)}: is an object; name a prefix")
+        key = self.full_key(PROBE)
+        steps: tuple[tuple[str, str, Callable[[S3Client], object]], ...] = (
+            ("", "s3:ListBucket", lambda client: client.list_objects_v2(Bucket=self.bucket, MaxKeys=1)),
+            ("put", "s3:PutObject", lambda client: client.put_object(**self._put_options(PROBE), Body=b"")),
+            ("delete", "s3:DeleteObject", lambda client: client.delete_object(Bucket=self.bucket, Key=key)),
+        )
+        for verb, permission, step in steps:
+            try:
+                _patiently(step, PREFLIGHT_SECONDS, offline=False)
+            except _s3_exceptions() as error:
+                doing = verb and f"cannot {verb} {one_line(self.join(PROBE))}: "
+                raise UsageError(
+                    f"{option} {self.uri}: {doing}{_describe(error, permission)}; {_advice(error)}"
+                ) from error
+
+
+class _CutShort(Exception):
+    """Fewer bytes came than the object has, though their number was that of the answer's header."""
+
+
+def _patiently(
+    call: "Callable[[S3Client], Result]",
+    seconds: float = PATIENCE_SECONDS,
+    *,
+    read_timeout: int | None = None,
+    offline: bool = True,
+) -> Result:
+    """Call with this process's client, and again as long as it fails for a reason that may pass, as `ROUNDS` says.
+
+    With `offline` that includes having no connection. Credentials that have expired are looked up once more.
+    """
+    end, pause = time.monotonic() + seconds, 0.25
+    for last in (*[False] * (ROUNDS - 1), True):
         try:
-            s3_client(attempts=2).head_bucket(Bucket=self.bucket)
+            return call(s3_client() if read_timeout is None else s3_client(read_timeout))
         except _s3_exceptions() as error:
-            raise UsageError(f"{option} {self.uri}: {_describe(error)}; {_advice(error)}") from error
+            if last or time.monotonic() > end or not (_passing(error, offline) or _expired(error)):
+                raise
+            if _expired(error):
+                # A chain that knows when they expire renews them itself; those in a file may have been replaced there.
+                s3_client.cache_clear()
+                end = 0.0
+                continue
+            pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+        time.sleep(random.uniform(0, pause))  # noqa: S311
+    raise AssertionError("unreachable")
+
+
+def _list(seconds: float = PATIENCE_SECONDS, *, offline: bool = True, **request: Any) -> "ListObjectsV2OutputTypeDef":
+    """One page of a listing."""
+    return _patiently(lambda client: client.list_objects_v2(**request), seconds, offline=offline)
 
 
 @functools.cache
-def s3_client(attempts: int = 8) -> "S3Client":
-    """One client per process (clients are thread-safe); few attempts before the work begins, many during it."""
+def s3_client(read_timeout: int = READ_TIMEOUT_SECONDS) -> "S3Client":
+    """One client per process (clients are thread-safe). `read_timeout`: seconds without a byte of the answer."""
     import boto3
     from botocore.config import Config
 
     config = Config(
-        retries={"mode": "adaptive", "total_max_attempts": attempts},
+        retries={"mode": "adaptive", "total_max_attempts": ATTEMPTS},
         connect_timeout=10,
-        read_timeout=60,
+        read_timeout=read_timeout,
         max_pool_connections=32,
     )
     try:
@@ -173,10 +298,10 @@ def _region() -> str | None:
 def is_s3_object(bucket: str, key: str) -> bool:
     """Tell whether `key` is an object and no folder. Failures are left to `require_readable` to explain."""
     try:
-        client = s3_client(attempts=2)
-        if client.list_objects_v2(Bucket=bucket, Prefix=key + "/", MaxKeys=1).get("Contents"):
+        below = _list(PREFLIGHT_SECONDS, offline=False, Bucket=bucket, Prefix=key + "/", MaxKeys=1)
+        if below.get("Contents"):
             return False
-        client.head_object(Bucket=bucket, Key=key)
+        _patiently(lambda client: client.head_object(Bucket=bucket, Key=key), PREFLIGHT_SECONDS, offline=False)
     except _s3_exceptions():
         return False
     return True
@@ -184,12 +309,32 @@ def is_s3_object(bucket: str, key: str) -> bool:
 
 def _s3_exceptions() -> tuple[type[Exception], ...]:
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 
-    return BotoCoreError, ClientError
+    return BotoCoreError, ClientError, ResponseParserError, _CutShort
+
+
+def _passing(error: Exception, offline: bool) -> bool:
+    """Whether the same request may well work a little later."""
+    from botocore import exceptions
+    from botocore.parsers import ResponseParserError
+
+    broken = (exceptions.IncompleteReadError, exceptions.ResponseStreamingError, exceptions.FlexibleChecksumError)
+    if isinstance(error, (*broken, ResponseParserError, _CutShort)):
+        return True
+    if isinstance(error, (exceptions.ConnectionError, exceptions.HTTPClientError)):
+        return offline
+    if _code(error) in ("RequestTimeout", "ConditionalRequestConflict"):
+        return True
+    return _status(error) in (429, 500, 502, 503, 504)
+
+
+def _expired(error: Exception) -> bool:
+    return _code(error) in ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
 
 
 @contextlib.contextmanager
-def _s3_errors(doing: ErrorClass, uri: str) -> Iterator[None]:
+def _s3_errors(doing: ErrorClass, uri: str, permission: str, verb: str | None = None) -> Iterator[None]:
     try:
         yield
     except _s3_exceptions() as error:
@@ -198,27 +343,34 @@ def _s3_errors(doing: ErrorClass, uri: str) -> Iterator[None]:
             kind = "denied"
         elif doing == "read" and _status(error) == 404 and _code(error) != "NoSuchBucket":
             kind = "vanished"
-        raise ItemError(kind, one_line(f"cannot {doing} {uri}: {_describe(error)}")) from error
+        raise ItemError(kind, one_line(f"cannot {verb or doing} {uri}: {_describe(error, permission)}")) from error
 
 
 def _code(error: Exception) -> str:
-    response: dict[str, Any] = getattr(error, "response", {})  # only ClientError has one
+    response: dict[str, Any] = getattr(error, "response", None) or {}  # only ClientError has one
     return str(response.get("Error", {}).get("Code", type(error).__name__))
 
 
 def _status(error: Exception) -> int:
     """The answer's HTTP status; 403 for bad credentials however they show, 0 without an answer."""
-    if _code(error) in ("NoCredentialsError", "PartialCredentialsError", "ExpiredToken", "InvalidToken"):
+    bad = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "InvalidToken")
+    if _code(error) in bad or _expired(error):
         return 403
-    response: dict[str, Any] = getattr(error, "response", {})
+    response: dict[str, Any] = getattr(error, "response", None) or {}
     return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: Exception, permission: str) -> str:
+    """What went wrong. `permission`: that is missing where access is denied and the server does not name another."""
     code = _code(error)
     if code in ("NoSuchBucket", "404"):
         return "no such bucket" if code == "NoSuchBucket" else "not found"
-    return "access denied" if code in ("AccessDenied", "403") else one_line(str(error))
+    if code in ("AccessDenied", "403"):
+        named = re.search(r"not authorized to perform: (\w+:\w+)", str(error))
+        return f"access denied, {named[1] if named else permission} is missing"
+    if _expired(error):
+        return "the credentials have expired; renew them, and the same command goes on"
+    return one_line(str(error))
 
 
 def _advice(error: Exception) -> str:
@@ -228,4 +380,8 @@ def _advice(error: Exception) -> str:
         return "check AWS_PROFILE"
     if _status(error) == 403:
         return "check the credentials and their permissions"
+    if _code(error) == "InvalidStorageClass" or _code(error).startswith("KMS."):
+        return "check --storage-class and --kms-key"
+    if _status(error) == 503:
+        return "try again later"
     return "check the bucket's name" if _status(error) == 404 else "check AWS_ENDPOINT_URL, AWS_REGION and the network"

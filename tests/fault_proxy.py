@@ -82,6 +82,8 @@ class FaultProxy:
         """The same, but not counted anew with other faults."""
         self.requests: Counter[tuple[str, str]] = Counter()
         """By method and BUCKET/KEY."""
+        self.unanswered = 0
+        """Requests that the server itself did not answer, as happens with a busy one; since the faults were set."""
         self.hosts: set[str] = set()
         """What the requests said in their header Host."""
         self._upstream = urllib.parse.urlsplit(upstream).netloc
@@ -121,6 +123,7 @@ class FaultProxy:
             self.faults = list(faults)
             for counter in (self.injected, self.requests, self._seen, self._done, self._met):
                 counter.clear()
+            self.unanswered = 0
 
     def draw(self, method: str, key: str, credential: str) -> list[Fault]:
         """What happens to this request."""
@@ -158,6 +161,10 @@ class FaultProxy:
             connection.request(method, path, body or None, headers)
             response = connection.getresponse()
             content = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            with self._lock:
+                self.unanswered += 1
+            raise ConnectionError("no answer") from error
         finally:
             connection.close()
         if self._newlines:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from jobs import command_line
 from jobs.pack_dataset import PackDataset, main
@@ -237,6 +238,13 @@ def test_official_lists_fix_the_split(pack: Cli, tmp_path: Path) -> None:
 # --- Broken files ----------------------------------------------------------------------------------------------------
 
 
+def moving_gif() -> bytes:
+    file = io.BytesIO()
+    first, second = (Image.open(io.BytesIO(encoded(seed, format="PNG"))) for seed in (5, 6))
+    first.save(file, "GIF", save_all=True, append_images=[second])
+    return file.getvalue()
+
+
 def test_broken_files_are_listed_and_not_fatal(pack: Cli, tmp_path: Path) -> None:
     photograph = encoded(5, 64, 64)
     write_tree(
@@ -246,7 +254,7 @@ def test_broken_files_are_listed_and_not_fatal(pack: Cli, tmp_path: Path) -> Non
             "a/empty.jpg": b"",
             "a/text, with a comma.jpg": b"hello",
             "b/cut.jpg": photograph[:-300],
-            "b/moving.gif": encoded(5, format="GIF"),
+            "b/moving.gif": moving_gif(),
             "README.txt": b"LFW, the Labeled Faces",
         },
     )
@@ -337,7 +345,7 @@ def test_outputs_that_cannot_be_used(pack: Cli, source: Path, tmp_path: Path, s3
         ("s3://photos/raw", "s3://photos/raw/packed", "lies inside --input s3://photos/raw; choose another place"),
         (source, file, "is a file; name a folder"),
         (source, file / "x", f"{file} is a file; name a folder"),
-        (source, "s3://no-such-bucket/x", "not found; check the bucket's name"),
+        (source, "s3://no-such-bucket/x", "no such bucket; check the bucket's name"),
         (source, "ftp://host/x", "ftp:// is not supported; use a local path or s3://bucket/prefix"),
     ]:
         refused(pack("--input", inputs, "--output", output), f"--output {output}: {message}")

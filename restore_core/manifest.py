@@ -36,7 +36,7 @@ class Row:
     """restored: new pixels were written; unchanged: undamaged, copied byte for byte; failed: see `error`."""
     error: ErrorClass | None = None
     message: str | None = None
-    """What went wrong, one line."""
+    """What went wrong, one line; of a restored file what was out of the ordinary, such as short memory."""
     size: int
     """Bytes of the input."""
     etag: str

@@ -1,7 +1,9 @@
 """Photographs, folders and archives made for the tests."""
 
 import io
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,13 @@ def encoded(seed: int, height: int = 12, width: int = 16, format: str = "JPEG") 
     file = io.BytesIO()
     Image.fromarray(pixels(seed, height, width)).save(file, format)
     return file.getvalue()
+
+
+def png_of(*chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG file of these chunks (kind, body), whatever they say."""
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
 
 
 def people(count: int, folder: str = "lfw_funneled") -> dict[str, bytes]:

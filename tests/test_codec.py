@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from photos import png_of
 from PIL import Image, ImageCms, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 from PIL.PngImagePlugin import PngInfo
@@ -175,10 +176,7 @@ def test_garbage_is_an_item_error_or_a_picture(case: tuple[str, str], hits: list
 
 def png_header(width: int, height: int, depth: int = 8, colour: int = 2) -> bytes:
     body = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    chunks = [(b"IHDR", body), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
-    )
+    return png_of((b"IHDR", body), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
 
 
 def test_bombs_are_refused_by_their_header() -> None:

@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
+from photos import png_of
 from PIL import Image, ImageCms, ImageOps
 
 from restore_core.codec import decode, encode, without_metadata
@@ -66,10 +67,7 @@ def deep_png(values: np.ndarray, *extra: tuple[bytes, bytes]) -> bytes:
     height, width, channels = values.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
-    chunks = [(b"IHDR", header), *extra, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
-    )
+    return png_of((b"IHDR", header), *extra, (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
 
 
 def deep_png_values(png: bytes) -> np.ndarray:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from broken_codecs import break_codecs
-from photos import encoded
+from photos import encoded, png_of
 from PIL import Image
 from processes import wait_for
 
@@ -140,10 +140,7 @@ def one_bit_png(side: int) -> bytes:
     row = bytes(1 + side // 8)
     packer = zlib.compressobj(9)
     packed = b"".join(packer.compress(row * 100) for _ in range(side // 100)) + packer.flush()
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)), (b"IDAT", packed), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
-    )
+    return png_of((b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)), (b"IDAT", packed), (b"IEND", b""))
 
 
 def gif_of(width: int, height: int, frame_width: int, frame_height: int) -> bytes:

@@ -65,8 +65,8 @@ def native_of(restored: Pixels, pixels: Pixels, native: Native, mode: str) -> Na
     """Restored RGB in a file's own values.
 
     Args:
-        restored: uint8 [H, W, 3], grey already where the file is.
-        pixels: uint8 [H, W, 3], the RGB that `native` was decoded to.
+        restored: uint8 [H, W, 3], of grey files [H, W, 1].
+        pixels: the same of what `native` was decoded to.
         native: uint16 [H, W] or [H, W, 3 or 4] (RGB, alpha), uint8 [H, W, 4] (CMYK) or [H, W, 3] (LAB).
         mode: the file's.
 

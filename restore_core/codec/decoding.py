@@ -79,11 +79,13 @@ class Frame:
 
 def decode_frames(data: bytes, *, max_pixels: int, frames: Frames = "refuse") -> list[Frame]:
     """Decode one file of one or several pictures: see `Frames`. Raises ItemError like `decode`."""
-    image = open_header(data, max_pixels=max_pixels)
-    with _decoding(data):
-        several = frames == "all" and getattr(image, "n_frames", 1) > 1
-        parts = split(image, data, max_pixels) if several else []
-    if not several:
+    parts: list[bytes] = []
+    if frames == "all":
+        image = open_header(data, max_pixels=max_pixels)
+        with _decoding(data):
+            if getattr(image, "n_frames", 1) > 1:
+                parts = split(image, data, max_pixels)
+    if not parts:
         return [Frame(decode(data, max_pixels=max_pixels, frames=frames))]
     total = sum(math.prod(open_header(part, max_pixels=max_pixels).size) for part in parts)
     if total > max_pixels:

@@ -35,11 +35,7 @@ def encode(pixels: Pixels, source: bytes, *, picture: Picture, software: str, st
         raise ValueError(f"pixels are {pixels.dtype} {pixels.shape}, the picture is {picture.height} x {picture.width}")
     original = open_header(source, max_pixels=picture.width * picture.height)
     try:
-        if strip_metadata:
-            block = exif.stripped(picture.orientation)
-        else:
-            stored = _png_exif(original, source) if original.format == "PNG" else original.info.get("exif")
-            block = exif.annotated(exif.bare(stored), software)
+        block = _exif_block(original, source, picture.orientation, software, strip_metadata)
         match original:
             case JpegImageFile():
                 return _encode_jpeg(_image(pixels, picture), original, block, strip_metadata)
@@ -49,9 +45,10 @@ def encode(pixels: Pixels, source: bytes, *, picture: Picture, software: str, st
             case "PNG":
                 return _encode_png(pixels, picture, original, source, block, strip_metadata)
             case "WEBP":
-                return _encode_webp(_image(pixels, picture), original, source, block, strip_metadata)
+                return _saved(_image(pixels, picture), "WEBP", **_webp_options(original, source, block, strip_metadata))
             case "AVIF":
-                return _encode_avif(_image(pixels, picture), original, block, strip_metadata)
+                image = _image(pixels, picture)
+                return _saved(image, "AVIF", **_avif_options(image, original, block, strip_metadata))
             case "GIF":
                 return _encode_gif(pixels, picture, original, strip_metadata)
             case "JPEG2000":
@@ -150,25 +147,26 @@ def _animation(
 ) -> bytes:
     options = animation_options(original)
     orientation = original.getexif().get(exif.ORIENTATION)
+    block = _exif_block(original, source, orientation if isinstance(orientation, int) else None, software, strip)
+    match original.format:
+        case "GIF":
+            frames = [_gif_frame(image) for image in images]
+            return _saved_frames(frames, "GIF", options | _gif_comment(original, strip))
+        case "PNG":
+            png = _saved_frames(images, "PNG", options | {"compress_level": 1})
+            return _png_like(source, list(_png_chunks(png)), [], block, strip)
+        case "AVIF":
+            return _saved_frames(images, "AVIF", options | _avif_options(images[0], original, block, strip))
+    return _saved_frames(images, "WEBP", options | _webp_options(original, source, block, strip))
+
+
+def _exif_block(
+    original: ImageFile.ImageFile, source: bytes, orientation: int | None, software: str, strip: bool
+) -> bytes:
     if strip:
-        block = exif.stripped(orientation if isinstance(orientation, int) else None)
-    else:
-        stored = _png_exif(original, source) if original.format == "PNG" else original.info.get("exif")
-        block = exif.annotated(exif.bare(stored), software)
-    if original.format == "GIF":
-        if not strip and "comment" in original.info:
-            options["comment"] = original.info["comment"]
-        return _saved_frames([_gif_frame(image) for image in images], "GIF", options)
-    if original.format == "PNG":
-        png = _saved_frames(images, "PNG", options | {"compress_level": 1})
-        return _png_like(source, list(_png_chunks(png)), [], block, strip)
-    options |= {"icc_profile": original.info.get("icc_profile"), "exif": block}
-    options |= {"xmp": b"" if strip else original.info.get("xmp", b"")}
-    if original.format == "AVIF":
-        options |= {"quality": 100 if images[0].mode == "RGBA" else 95, "subsampling": "4:4:4"}
-    else:
-        options |= _webp_quality(source) | {"exact": True, "alpha_quality": 100}
-    return _saved_frames(images, str(original.format), options)
+        return exif.stripped(orientation)
+    stored = _png_exif(original, source) if original.format == "PNG" else original.info.get("exif")
+    return exif.annotated(exif.bare(stored), software)
 
 
 def _in_one_byte_order(parts: list[bytes], software: str) -> list[bytes]:
@@ -190,10 +188,7 @@ def _gif_frame(image: Image.Image) -> Image.Image:
     pixels, alpha, _ = colour.rgb_of(image)
     if alpha is not None:
         alpha = np.where(alpha < 128, 0, 255).astype(np.uint8)
-    image, alphas = colour.with_palette(pixels, alpha, 256)
-    if 0 in alphas:
-        image.info["transparency"] = alphas.index(0)
-    return image
+    return _with_gif_palette(pixels, alpha)
 
 
 def _strip_jpeg(source: bytes, block: bytes) -> bytes:
@@ -287,22 +282,15 @@ def _segments(original: JpegImageFile) -> bytes:
     )
 
 
-def _encode_webp(image: Image.Image, original: ImageFile.ImageFile, source: bytes, block: bytes, strip: bool) -> bytes:
-    info = original.info
-    return _saved(
-        image,
-        "WEBP",
-        exact=True,  # else the colours under transparent pixels are lost
-        alpha_quality=100,
-        icc_profile=info.get("icc_profile"),
-        exif=block,
-        xmp=b"" if strip else info.get("xmp", b""),
-        **_webp_quality(source),
-    )
-
-
-def _webp_quality(source: bytes) -> dict[str, object]:
-    return {"lossless": True, "quality": 20, "method": 1} if _lossless(source) else {"quality": 95}
+def _webp_options(original: ImageFile.ImageFile, source: bytes, block: bytes, strip: bool) -> dict[str, object]:
+    quality = {"lossless": True, "quality": 20, "method": 1} if _lossless(source) else {"quality": 95}
+    return quality | {
+        "exact": True,  # else the colours under transparent pixels are lost
+        "alpha_quality": 100,
+        "icc_profile": original.info.get("icc_profile"),
+        "exif": block,
+        "xmp": b"" if strip else original.info.get("xmp", b""),
+    }
 
 
 def _lossless(webp: bytes) -> bool:
@@ -480,24 +468,30 @@ def _deep_tiff(deep: Native, compression: str | None, icc_profile: bytes | None)
     return file.getvalue()
 
 
-def _encode_avif(image: Image.Image, original: ImageFile.ImageFile, block: bytes, strip: bool) -> bytes:
-    return _saved(
-        image,
-        "AVIF",
-        quality=100 if "A" in image.mode else 95,  # which is also the alpha's: 100 keeps it as it is
-        subsampling="4:0:0" if image.mode == "L" else "4:4:4",
-        icc_profile=original.info.get("icc_profile"),
-        exif=block,
-        xmp=b"" if strip else original.info.get("xmp", b""),
-    )
+def _avif_options(image: Image.Image, original: ImageFile.ImageFile, block: bytes, strip: bool) -> dict[str, object]:
+    return {
+        "quality": 100 if "A" in image.mode else 95,  # which is also the alpha's: 100 keeps it as it is
+        "subsampling": "4:0:0" if image.mode == "L" else "4:4:4",
+        "icc_profile": original.info.get("icc_profile"),
+        "exif": block,
+        "xmp": b"" if strip else original.info.get("xmp", b""),
+    }
 
 
 def _encode_gif(pixels: Pixels, picture: Picture, original: ImageFile.ImageFile, strip: bool) -> bytes:
-    image, alphas = colour.with_palette(pixels, picture.alpha, 256)
-    options: dict[str, object] = {"transparency": alphas.index(0)} if 0 in alphas else {}
-    if not strip and "comment" in original.info:
-        options["comment"] = original.info["comment"]
-    return _saved(image, "GIF", interlace=bool(original.info.get("interlace")), **options)
+    image = _with_gif_palette(pixels, picture.alpha)
+    return _saved(image, "GIF", interlace=bool(original.info.get("interlace")), **_gif_comment(original, strip))
+
+
+def _with_gif_palette(pixels: Pixels, alpha: Pixels | None) -> Image.Image:
+    image, alphas = colour.with_palette(pixels, alpha, 256)
+    if 0 in alphas:
+        image.info["transparency"] = alphas.index(0)
+    return image
+
+
+def _gif_comment(original: ImageFile.ImageFile, strip: bool) -> dict[str, object]:
+    return {"comment": original.info["comment"]} if not strip and "comment" in original.info else {}
 
 
 def _strip_gif(source: bytes) -> bytes:

@@ -25,6 +25,9 @@ class RestoreBucket:
     """A local folder or file, s3://bucket/prefix, or Parquet files with a column of encoded images."""
     output: str
     """A local folder or s3://bucket/prefix, outside --input."""
+    keys: str | None = None
+    """Work only on the keys in this list: manifest.json of an S3 Inventory, a Parquet or CSV file with a column key
+    (and perhaps size and etag), or text with a key a line, relative to --input."""
     model: str = "faces"
     """A bundled model's name, or the path or URI of a model folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -84,6 +87,7 @@ def main(job: RestoreBucket) -> int:
 
     options = RestoreOptions(
         model=job.model,
+        keys=job.keys,
         device=job.device,
         workers=command_line.worker_count(job.workers),
         batch_size=job.batch_size,
@@ -97,12 +101,12 @@ def main(job: RestoreBucket) -> int:
         max_failed_share=job.max_failed_share,
     )
     summary = restore(source, output, model, options, sys.argv)
-    page = report.restore_page(summary.rows, summary.record, summary.samples, source.uri, output.uri)
+    page = report.restore_page(summary.overview, summary.record, summary.samples, source.uri, output.uri)
     output.write(REPORT_FILE, page, content_type="text/html; charset=utf-8")
-    counts = ", ".join(f"{count} {status}" for status, count in summary.statuses.items())
+    counts = ", ".join(f"{count} {status}" for status, count in summary.record["statuses"].items())
     print(f"{summary.listed} objects: {counts} ({summary.already_done} by earlier runs)")
-    if summary.errors:
-        print("failures: " + ", ".join(f"{count} {error}" for error, count in summary.errors.items()))
+    if errors := summary.record["errors"]:
+        print("failures: " + ", ".join(f"{count} {error}" for error, count in errors.items()))
     print(f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images/s")
     print(f"report: {output.join(REPORT_FILE)}")
     if summary.interrupted:

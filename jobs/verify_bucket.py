@@ -26,6 +26,8 @@ class VerifyBucket:
     """--input of the restore."""
     output: str
     """--output of the restore."""
+    keys: str | None = None
+    """--keys of the restore."""
     report: Path | None = None
     """A local JSON file to write every finding to; on the terminal are the first 20 of each kind."""
 
@@ -44,7 +46,7 @@ def main(job: VerifyBucket) -> int:
     require_readable(output, "--output")
     from restore_core.pipelines.verification import MEANING, verify
 
-    result = verify(source, output)
+    result = verify(source, output, job.keys)
     found = Counter(kind for kind, _ in result.findings)
     for kind, meaning in MEANING.items():
         if not found[kind]:

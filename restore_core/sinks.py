@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,8 @@ SAME, NEAR = 8, 32
 """Input values this far from the result's, of 255, may be the same but for a little or much noise."""
 BAND_PIXELS = 2**20
 """Pixels that are compared at once, so that large pictures need no copy."""
+SHARD_GROUP_BYTES = 2**26
+"""Of a row group in an output Parquet file, about; so much of it is held."""
 
 
 def encode(
@@ -147,27 +150,41 @@ def write(row: Row, data: bytes, output: Storage) -> None:
     row.output_sha256 = hashlib.sha256(data).hexdigest()
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One row group of an input Parquet file, to be written as a file of its own with new images."""
+class ShardWriter:
+    """The rows of a Parquet file with other images, part by part; to be closed.
 
-    table: pa.Table
-    column: str
-    """Of the encoded images."""
-    output_key: str
+    Args:
+        file: to write to.
+        schema: of all parts.
+        column: of the encoded images.
+    """
 
-    def write(self, images: list[bytes | None], output: Storage) -> None:
-        """Write the same rows and columns with other images. Raises ItemError `write` or `denied`."""
-        field = self.table.schema.field(self.column)
+    def __init__(self, file: IO[bytes], schema: pa.Schema, column: str) -> None:
+        self._writer = pq.ParquetWriter(file, schema, compression="zstd")
+        self._schema = schema
+        self._column = column
+        self._waiting: list[pa.Table] = []
+
+    def write(self, part: pa.Table, images: list[bytes | None]) -> None:
+        """Add rows; where an image is None, the part's own stays. Raises OSError."""
+        field = self._schema.field(self._column)
+        cells = part[self._column].to_pylist()
         if pa.types.is_struct(field.type):
-            cells = self.table[self.column].to_pylist()
-            values = [
+            cells = [
                 cell if image is None else {**cell, "bytes": image} for cell, image in zip(cells, images, strict=True)
             ]
         else:
-            values = list(images)
-        index = self.table.schema.get_field_index(self.column)
-        table = self.table.set_column(index, field, pa.array(values, type=field.type))
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        output.write(self.output_key, sink.getvalue().to_pybytes())
+            cells = [cell if image is None else image for cell, image in zip(cells, images, strict=True)]
+        index = self._schema.get_field_index(self._column)
+        self._waiting.append(part.set_column(index, field, pa.array(cells, type=field.type)))
+        if sum(table.nbytes for table in self._waiting) > SHARD_GROUP_BYTES:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._writer.write_table(pa.concat_tables(self._waiting))
+        self._waiting = []

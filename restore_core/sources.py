@@ -193,6 +193,24 @@ def image_bytes(column: pa.ChunkedArray) -> list[bytes | None]:
     return column.to_pylist()  # type: ignore[no-any-return]
 
 
+def image_of_row(storage: Storage, key: str, group: int | None, index: int) -> bytes:
+    """The encoded file in one row of a Parquet file, or of its row group `group`. Raises OSError, ArrowInvalid."""
+    filesystem, root = storage.filesystem()
+    with filesystem.open_input_file(f"{root}/{key}") as handle:
+        file = pq.ParquetFile(handle, pre_buffer=False, buffer_size=2**20)
+        column = image_column(file.schema_arrow)
+        first = 0
+        groups = range(file.num_row_groups) if group is None else [group]
+        for batch in file.iter_batches(64, row_groups=list(groups), columns=[column]):
+            if index < first + len(batch):
+                (image,) = image_bytes(pa.table(batch[index - first : index - first + 1])[column])
+                if image is None:
+                    break
+                return image
+            first += len(batch)
+    raise OSError(f"{key} has no image in row {index}")
+
+
 def splits(table: pa.Table) -> list[str]:
     """The split of every row: its column `split`, else by a hash of the image (90 % train, 10 % val)."""
     if "split" in table.column_names:

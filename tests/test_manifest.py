@@ -1,10 +1,14 @@
 """The ledger: its schema, its merge, and what it leaves to do."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import get_args
 
+import hypothesis
+import hypothesis.strategies
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -65,10 +69,20 @@ def test_a_failure_forgets_the_output() -> None:
     assert failed.output_key is failed.output_sha256 is failed.change is None
 
 
-def test_counts_leave_out_empty_cells() -> None:
-    table = manifest.table_of([row("a"), row("b"), row("c", status="failed", error="read")])
-    assert manifest.counts(table, "status") == {"failed": 1, "restored": 2}
-    assert manifest.counts(table, "error") == {"read": 1}
+def test_an_overview_counts_and_picks_samples() -> None:
+    overview = manifest.Overview()
+    for index in range(1000):
+        overview.add(row(f"{index:04d}.jpg", format="JPEG", width=10, height=10, change=index / 100))
+    overview.add(row("large.png", format="PNG", width=10_000, height=10_000))
+    overview.add(row("x", status="failed", error="read", message="first"))
+    overview.add(row("y", status="failed", error="read", message="second"))
+    assert overview.statuses == {"restored": 1001, "failed": 2}
+    assert overview.errors == {"read": 2} and overview.first_failures == {"read": ("x", "first")}
+    assert overview.formats == {"JPEG": 1000, "PNG": 1, "not decoded": 2}
+    assert len(overview.changes) == 1001 and max(overview.changes) == pytest.approx(9.99)
+    keys = [sample.key for sample in overview.samples]
+    assert keys == sorted(keys) and len(set(keys)) == 12 and "large.png" not in keys
+    assert keys[0] < "0250.jpg" and keys[-1] > "0750.jpg", "not from all over the collection"
 
 
 # --- The ledger ----------------------------------------------------------------------------------------------------
@@ -77,7 +91,7 @@ def test_counts_leave_out_empty_cells() -> None:
 def test_an_empty_ledger_has_the_schema(tmp_path: Path) -> None:
     ledger = Ledger(LocalStorage(tmp_path), "run")
     assert ledger.latest().schema.equals(SCHEMA)
-    assert len(ledger.merge()) == 0
+    assert ledger.merge() == 0
 
 
 def test_after_a_merge_there_is_one_row_a_key_and_the_latest_counts(tmp_path: Path) -> None:
@@ -86,14 +100,16 @@ def test_after_a_merge_there_is_one_row_a_key_and_the_latest_counts(tmp_path: Pa
     first.append([row("b", at=0), row("a", at=1, attempt=1)])
     second.append([row("a", at=9, attempt=2), row("c", at=3)])
     first.append([row("a", at=5, attempt=7)])  # written later, finished earlier
-    merged = manifest.rows_of(second.merge())
+    assert second.merge() == 3
+    merged = manifest.rows_of(second.latest())
     assert [(r.key, r.attempt) for r in merged] == [("a", 2), ("b", 1), ("c", 1)]
     assert manifest.rows_of(pa.concat_tables(pq.read_table(file) for file in files_of(tmp_path))) == merged
-    assert manifest.rows_of(Ledger(storage, "run-3").merge()) == merged
+    assert Ledger(storage, "run-3").merge() == 3
+    assert manifest.rows_of(pa.concat_tables(pq.read_table(file) for file in files_of(tmp_path))) == merged
 
 
 def test_large_ledgers_are_merged_into_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest, "MERGED_ROWS", 4)
+    monkeypatch.setattr(manifest.ledger, "FILE_ROWS", 4)
     rows = [row(f"{index:02d}") for index in range(10)]
     ledger = Ledger(LocalStorage(tmp_path), "run")
     ledger.append(rows[:6])
@@ -117,7 +133,7 @@ def test_a_merge_interrupted_anywhere_loses_and_doubles_nothing(
     for part in ([row("a", at=0), row("b", at=0)], [row("a", at=1, attempt=2)], [row("c", at=0)]):
         ledger.append(part)
     expected = manifest.rows_of(ledger.latest())
-    monkeypatch.setattr(manifest, "MERGED_ROWS", 2)
+    monkeypatch.setattr(manifest.ledger, "FILE_ROWS", 2)
     left = steps
 
     def until_interrupted(real: object) -> object:
@@ -139,7 +155,8 @@ def test_a_merge_interrupted_anywhere_loses_and_doubles_nothing(
         else:
             ledger.merge()
     assert manifest.rows_of(Ledger(storage, "run-2").latest()) == expected
-    assert manifest.rows_of(Ledger(storage, "run-2").merge()) == expected
+    assert Ledger(storage, "run-2").merge() == len(expected)
+    assert manifest.rows_of(Ledger(storage, "run-2").latest()) == expected
     assert sum(len(pq.read_table(file)) for file in files_of(tmp_path)) == len(expected)
 
 
@@ -149,7 +166,8 @@ def test_a_ledger_on_s3_reads_back(s3: str) -> None:
     ledger = Ledger(open_storage("s3://photos/out/"), "run")
     ledger.append([row("a", at=0), row("ü b#.jpg", at=0)])
     ledger.append([row("a", at=1, attempt=2)])
-    assert [(r.key, r.attempt) for r in manifest.rows_of(ledger.merge())] == [("a", 2), ("ü b#.jpg", 1)]
+    ledger.merge()
+    assert [(r.key, r.attempt) for r in manifest.rows_of(ledger.latest())] == [("a", 2), ("ü b#.jpg", 1)]
     assert len(list(open_storage("s3://photos/out/_restore/manifest/").list())) == 1
 
 
@@ -172,13 +190,13 @@ ITEM = Object("a.jpg", 10, "e1")
 
 def left(
     *rows: Row, item: Object = ITEM, model: str = "m1", options: str = "o1", retry: str | None = None,
-    exists: frozenset[str] = frozenset({"a.jpg"}),
+    exists: frozenset[str] = frozenset({"a.jpg"}), begun: Sequence[Row] = (),
 ) -> list[tuple[str, int]]:  # fmt: skip
-    found = manifest.left_to_do(
-        [item], manifest.table_of(rows), model=model, options=options, retry=manifest.parse_retry(retry),
-        exists=set(exists),
+    found = manifest.compare(
+        [item], [manifest.table_of(rows)], [manifest.table_of(begun)], exists=exists.__contains__, model=model,
+        options=options, retry=manifest.parse_retry(retry),
     )  # fmt: skip
-    return [(item.key, attempt) for item, attempt in found]
+    return [(item.key, attempt) for item, _, attempt in found if attempt is not None]
 
 
 def test_new_objects_are_left_to_do() -> None:
@@ -216,6 +234,76 @@ def test_failures_are_tried_again_only_when_asked(retry: str | None, expected: l
 def test_a_failure_whose_object_has_changed_is_tried_again() -> None:
     failed = row(status="failed", error="truncated", output_key=None)
     assert left(failed, item=Object("a.jpg", 10, "e2")) == [("a.jpg", 2)]
+
+
+def test_what_was_begun_again_and_not_finished_is_done_again() -> None:
+    """Its output may be another run's by now."""
+    assert left(row(attempt=2), begun=[row(attempt=3)]) == [("a.jpg", 4)]
+    assert left(row(attempt=3), begun=[row(attempt=3)]) == []
+    assert left(row(attempt=2), begun=[row("b.jpg", attempt=3)]) == []
+    failed = row(status="failed", error="denied", output_key=None, attempt=1)
+    assert left(failed, begun=[row(attempt=2)]) == [("a.jpg", 3)]
+
+
+def test_listings_have_to_be_sorted() -> None:
+    with pytest.raises(StorageError, match="the input's listing does not come in the order of its keys: 'a' after 'b'"):
+        list(
+            manifest.compare(
+                [Object("b", 1, "e"), Object("a", 1, "e")], [], [], exists=bool, model="m", options="o", retry=Retry()
+            )
+        )
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(hypothesis.strategies.data())
+def test_a_listing_is_held_against_a_ledger_in_many_files(data: hypothesis.strategies.DataObject) -> None:
+    """The streams against dictionaries: any keys, any rows of them in any files, some of them merged."""
+    keys = hypothesis.strategies.text("ab/é\U0001f600", min_size=1, max_size=3)
+    listed = sorted(data.draw(hypothesis.strategies.sets(keys)))
+    files = data.draw(hypothesis.strategies.lists(hypothesis.strategies.lists(keys, max_size=6), max_size=6))
+    at = iter(data.draw(hypothesis.strategies.permutations(range(40))))
+    expected: dict[str, Row] = {}
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(manifest.ledger, "GROUP_ROWS", 2)
+        patched.setattr(manifest.ledger, "FILE_ROWS", 3)
+        patched.setattr(manifest.ledger, "SMALL_FILES", 2)
+        ledger = Ledger(LocalStorage(Path(folder)), "run")
+        for file in files:
+            rows = [row(key, at=next(at)) for key in file]
+            for one in rows:
+                if one.key not in expected or one.finished_at > expected[one.key].finished_at:  # type: ignore[operator]
+                    expected[one.key] = one
+            if rows:
+                ledger.append(rows)
+            if data.draw(hypothesis.strategies.booleans()):
+                ledger.merge()
+        assert manifest.rows_of(ledger.latest()) == [expected[key] for key in sorted(expected)]
+        found = manifest.compare(
+            [Object(key, 10, "e1") for key in listed], ledger.rows(manifest.COLUMNS), [], exists=lambda key: True,
+            model="m1", options="o1", retry=Retry(),
+        )  # fmt: skip
+        assert [(item.key, attempt) for item, _, attempt in found] == [
+            (key, None if key in expected else 1) for key in listed
+        ]
+        assert ledger.superseded() == set()
+
+
+def test_a_long_run_does_not_leave_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest.ledger, "SMALL_FILES", 8)
+    ledger = Ledger(LocalStorage(tmp_path), "run")
+    for index in range(100):
+        ledger.append([row(f"{index:03d}", at=index)])
+        assert len(files_of(tmp_path)) <= 8 + index // 8
+    assert ledger.merge() == 100 and len(files_of(tmp_path)) == 1
+
+
+def test_outputs_that_no_row_names_any_more_are_known_until_the_merge(tmp_path: Path) -> None:
+    ledger = Ledger(LocalStorage(tmp_path), "run")
+    ledger.append([row("a", at=0, output_key="old-0"), row("b", at=0, output_key="old-1")])
+    ledger.append([row("a", at=1, output_key="new"), row("c", at=1, status="failed", output_key=None)])
+    assert ledger.superseded() == {"old-0"}
+    ledger.merge()
+    assert ledger.superseded() == set()
 
 
 def test_the_options_identity_depends_on_values_not_on_their_order() -> None:

@@ -2,11 +2,15 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from restore_core import manifest, sources
 from restore_core.errors import UsageError
+from restore_core.key_list import read_key_list
 from restore_core.manifest import Row
 from restore_core.storage import Object, Storage
 
@@ -14,70 +18,114 @@ BLOCK_BYTES = 16 * 2**20
 """Encoded bytes that go to an actor at once: about 300 MB of pixels for JPEG."""
 
 
-def is_parquet(objects: list[Object]) -> bool:
-    """The input is taken as Parquet when every file in it is."""
-    return all(item.key.endswith(".parquet") for item in objects)
-
-
-def list_input(storage: Storage) -> list[Object]:
-    """Every object but those of an earlier restore's own folder. Raises UsageError when there are none."""
-    own = f"{manifest.FOLDER}/"
-    objects = [item for item in storage.list() if not item.key.startswith(own)]
-    dataset = [item for item in objects if not sources.is_internal(item.key)]
-    if dataset and is_parquet(dataset):
-        return dataset  # without what jobs/pack_dataset.py says about it
-    if not objects:
-        raise UsageError(f"--input {storage.uri}: no files there; check the path or prefix")
-    return objects
-
-
 @dataclass(frozen=True)
 class RowGroup:
     """One row group of an input Parquet file: its rows stand in the ledger like objects."""
 
-    file: str
+    file: Object
     group: int
-    objects: list[Object]
+    keys: pa.StringArray
+    """Of its rows."""
     output_key: str
 
 
-def list_row_groups(storage: Storage, files: list[Object]) -> list[RowGroup]:
+class RowGroups:
+    """The row groups of all Parquet files of an input. Of their rows it holds the keys."""
+
+    def __init__(self, groups: list[RowGroup]) -> None:
+        self.groups = groups
+        self._keys = pa.chunked_array([group.keys for group in groups], pa.string())
+        self.order = pc.sort_indices(self._keys).to_numpy()
+        """Numbers of the rows (as the groups follow each other), sorted by their keys."""
+        self.starts = np.cumsum([0, *(len(group.keys) for group in groups)])
+        """Number of each group's first row, and how many there are."""
+
+    def group_of(self, row: int) -> int:
+        return int(np.searchsorted(self.starts, row, side="right")) - 1
+
+    def objects(self) -> Iterator[Object]:
+        """The rows as objects with the size and version of their file, in the order of their keys."""
+        for start in range(0, len(self.order), 4096):
+            rows = self.order[start : start + 4096]
+            groups = np.searchsorted(self.starts, rows, side="right") - 1
+            for key, group in zip(self._keys.take(pa.array(rows)).to_pylist(), groups, strict=True):
+                file = self.groups[group].file
+                yield Object(key, file.size, file.etag)
+
+    def check(self, uri: str) -> None:
+        """Raise UsageError for keys that occur twice or are missing, or outputs that would be one."""
+        if not len(self.order):
+            raise UsageError(f"--input {uri}: no rows in its Parquet files; check the path or prefix")
+        targets: dict[str, str] = {}
+        for group in self.groups:
+            place = f"--input {uri.rstrip('/')}/{group.file.key}"
+            if group.keys.null_count:
+                raise UsageError(f"{place}: its column key has empty cells; fill them or leave the column out")
+            if targets.setdefault(group.output_key, group.file.key) != group.file.key:
+                other = targets[group.output_key]
+                raise UsageError(f"{place}: its output {group.output_key} is also that of {other}; rename one")
+        last = None
+        for row, item in zip(self.order, self.objects(), strict=True):
+            if item.key == last:
+                file = self.groups[self.group_of(int(row))].file.key
+                raise UsageError(f"--input {uri.rstrip('/')}/{file}: key {item.key!r} occurs twice; make keys unique")
+            last = item.key
+
+
+@dataclass(frozen=True)
+class Input:
+    """What is to be restored."""
+
+    objects: Iterator[Object]
+    """In the order of their keys; once."""
+    groups: RowGroups | None
+    """Where every file is Parquet: their rows, which then are the objects."""
+
+
+def list_input(storage: Storage, keys: str | None = None) -> Input:
+    """The input's objects, without those of an earlier restore's own folder; of files, listed while they are taken.
+
+    Args:
+        keys: a list in place of a listing, see `key_list`.
+
+    Raises UsageError when there are none, and for Parquet that cannot be used.
+    """
+    listing = storage.list() if keys is None else read_key_list(keys, storage)
+    own = f"{manifest.FOLDER}/"
+    objects = (item for item in listing if not item.key.startswith(own))
+    head: list[Object] = []
+    for item in objects:
+        head.append(item)
+        if not sources.is_internal(item.key) and not item.key.endswith(".parquet"):
+            return Input(chain(head, objects), None)
+    if not head:
+        where = f"--input {storage.uri}" if keys is None else f"--keys {keys}"
+        raise UsageError(f"{where}: no files there; check the path or prefix")
+    # Without what jobs/pack_dataset.py says about a dataset.
+    if dataset := [item for item in head if not sources.is_internal(item.key)]:
+        groups = RowGroups(list(_row_groups(storage, dataset)))
+        groups.check(storage.uri)
+        return Input(groups.objects(), groups)
+    return Input(iter(head), None)
+
+
+def _row_groups(storage: Storage, files: list[Object]) -> Iterator[RowGroup]:
     """The rows of all Parquet files. A row's key is its column `key`, else FILE#ROW. Raises UsageError."""
-    groups: list[RowGroup] = []
-    seen: set[str] = set()
-    targets: dict[str, str] = {}
     for item in files:
-        place = f"--input {storage.join(item.key)}"
         with sources.open_parquet(storage, item.key, "--input") as file:
-            sources.image_column(file.schema_arrow, place)
+            sources.image_column(file.schema_arrow, f"--input {storage.join(item.key)}")
             keyed = "key" in file.schema_arrow.names
             first = 0
             for group in range(file.num_row_groups):
                 count = file.metadata.row_group(group).num_rows
                 if keyed:
-                    keys = [str(key) for key in file.read_row_group(group, columns=["key"])["key"].to_pylist()]
+                    column = file.read_row_group(group, columns=["key"])["key"]
+                    keys = column.cast(pa.string()).combine_chunks()
                 else:
-                    keys = [f"{item.key}#{first + row}" for row in range(count)]
+                    keys = pa.array([f"{item.key}#{first + row}" for row in range(count)], pa.string())
                 first += count
-                for key in keys:
-                    if key in seen:
-                        raise UsageError(f"{place}: key {key!r} occurs twice; make keys unique")
-                    seen.add(key)
                 suffix = "" if file.num_row_groups == 1 else f"-{group:05d}"
-                target = item.key.removesuffix(".parquet") + suffix + ".parquet"
-                if targets.setdefault(target, item.key) != item.key:
-                    raise UsageError(f"{place}: its output {target} is also that of {targets[target]}; rename one")
-                groups.append(
-                    RowGroup(
-                        file=item.key,
-                        group=group,
-                        objects=[Object(key, item.size, item.etag) for key in keys],
-                        output_key=target,
-                    )
-                )
-    if not seen:
-        raise UsageError(f"--input {storage.uri}: no rows in its Parquet files; check the path or prefix")
-    return groups
+                yield RowGroup(item, group, keys, item.key.removesuffix(".parquet") + suffix + ".parquet")
 
 
 UNIT_SCHEMA = pa.schema(
@@ -89,21 +137,22 @@ UNIT_SCHEMA = pa.schema(
 def object_units(rows: Iterable[Row], batch_size: int) -> Iterator[pa.Table]:
     """Units of at most `batch_size` objects and `BLOCK_BYTES` encoded bytes."""
     unit: list[Row] = []
+    total = 0
     for row in rows:
-        if unit and (len(unit) == batch_size or sum(r.size for r in unit) + row.size > BLOCK_BYTES):
+        if unit and (len(unit) == batch_size or total + row.size > BLOCK_BYTES):
             yield _unit(unit)
-            unit = []
+            unit, total = [], 0
         unit.append(row)
+        total += row.size
     if unit:
         yield _unit(unit)
 
 
 def row_group_unit(rows: list[Row], group: RowGroup) -> pa.Table:
-    return _unit(rows, group)
+    return _unit(rows, (group.file.key, group.group, group.output_key))
 
 
-def _unit(rows: list[Row], group: RowGroup | None = None) -> pa.Table:
-    place = (group.file, group.group, group.output_key) if group else (None, None, None)
+def _unit(rows: list[Row], place: tuple[str | None, int | None, str | None] = (None, None, None)) -> pa.Table:
     table = manifest.table_of(rows)
     for name, value in zip(("file", "group", "target"), place, strict=True):
         field = UNIT_SCHEMA.field(name)

@@ -1,4 +1,4 @@
-"""Ray Data around the stages: the listing, the actor pool, the ledger as it grows, and the account at the end.
+"""Ray Data around the stages: the listing in waves, the actor pool, the ledger as it grows, and the account at the end.
 
 On CPUs one actor does everything for an object, since moving pixels between processes costs more than it gains; with
 GPUs, tasks on the CPUs decode and encode around the actors that hold the model.
@@ -10,14 +10,15 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 import ray
 import ray.data
 import torch
@@ -28,34 +29,22 @@ from restore_core.config import KINDS, Kind
 from restore_core.errors import ItemError, UsageError
 from restore_core.inference import check_repair
 from restore_core.lease import Lease
-from restore_core.manifest import Ledger, Retry, Row
+from restore_core.manifest import Found, Ledger, Overview, Retry, Row
 from restore_core.pipelines import cluster, stages
-from restore_core.pipelines.listing import (
-    RowGroup,
-    is_parquet,
-    list_input,
-    list_row_groups,
-    object_units,
-    row_group_unit,
-)
+from restore_core.pipelines.account import Account, TooManyFailures
+from restore_core.pipelines.listing import Input, RowGroup, RowGroups, list_input, object_units, row_group_unit
 from restore_core.pipelines.stages import RestoreRun
 from restore_core.storage import Object, Storage
 
 logger = logging.getLogger(__name__)
 
-FLUSH_ROWS, FLUSH_SECONDS = 2000, 10.0
-"""The ledger is written down after so many rows or seconds: what a killed driver has to do again."""
-PROGRESS_SECONDS = 5.0
-VERDICT_ROWS = 1000
-"""So many have to be done before a run is stopped because too many fail, as S3 Batch Operations does."""
-DENIED_ROWS = 100
-"""It is stopped after so many if access was denied to each of them: more photographs would be worked on for nothing."""
+WAVE_OBJECTS, WAVE_SECONDS = 100_000, 2.0
+"""So much of the listing is handed to Ray at once, or what came in that time: the work begins with the first pages, and
+memory does not grow with the listing. Between waves workers start anew, a few seconds."""
 IO_THREADS = 8
 """Objects fetched, decoded, encoded and written at once in each actor."""
 LEASE_FILE = f"{manifest.FOLDER}/lease.json"
 RUN_FILE = f"{manifest.FOLDER}/run.json"
-SAMPLES, SAMPLE_PIXELS = 12, 2**24
-"""Of the report: how many photographs it shows, and how large one may be for it."""
 LOST_ROW = "working on it failed twice, the second time on this object alone: a crash, a hang, or see the log above"
 LOST_ROW_GROUP = "working on its row group failed twice: one of the images there crashes or hangs, or see the log above"
 INTERRUPTED = "interrupted; the same command goes on from here"
@@ -67,6 +56,8 @@ RESULT_OPTIONS = ("strip_metadata", "repair", "self_ensemble")
 @dataclass(frozen=True, kw_only=True)
 class RestoreOptions:
     model: str
+    keys: str | None = None
+    """A list of keys to work on, in place of the input's listing."""
     device: cluster.Device = "auto"
     workers: int | None = None
     batch_size: int = 16
@@ -79,24 +70,27 @@ class RestoreOptions:
     """Results that differ more from the input are not written: mean absolute difference, of 255."""
     retry: Retry = NO_RETRY
     max_failed_share: float = 1.0
-    """When more of the objects of this run have failed, it is stopped, but not before `VERDICT_ROWS` are done."""
+    """When more of the objects of this run have failed, it is stopped, but not before `account.VERDICT_ROWS`."""
 
-
-class _TooManyFailures(Exception):
-    pass
+    def identity(self) -> str:
+        """Hash of the options that decide the result."""
+        deciding = {name: getattr(self, name) for name in RESULT_OPTIONS}
+        if self.max_change is not None:
+            deciding["max_change"] = self.max_change
+        if self.frames != "refuse":
+            deciding["frames"] = self.frames
+        return manifest.options_hash(deciding)
 
 
 @dataclass(frozen=True)
 class Summary:
     listed: int
+    """Objects of the input; where the run was stopped, those that were listed until then."""
     already_done: int
     """Of them, finished by earlier runs."""
-    statuses: dict[str, int]
-    """Rows by status, over everything listed."""
-    errors: dict[str, int]
+    overview: Overview
+    """Of everything listed that has a row."""
     seconds: float
-    rows: pa.Table
-    """The ledger's rows of everything listed."""
     record: dict[str, Any]
     """What run.json holds."""
     stopped: str | None
@@ -106,7 +100,7 @@ class Summary:
 
     @property
     def failed_share(self) -> float:
-        return self.statuses.get("failed", 0) / max(1, self.listed)
+        return self.overview.statuses["failed"] / max(1, self.listed)
 
     @property
     def interrupted(self) -> bool:
@@ -234,19 +228,17 @@ def restore(
     Raises UsageError before anything is written when input, output or cluster cannot work.
     """
     check_repair(model, options.repair)
-    objects = list_input(input)
-    groups = list_row_groups(input, objects) if is_parquet(objects) else None
-    if groups is not None:
-        objects = [item for group in groups for item in group.objects]
+    listing = list_input(input, options.keys)
+    if options.workers is not None or options.device == "cuda":
+        _actors(options)
     run_id = manifest.new_run_id()
     with Lease(output, LEASE_FILE, run_id) as lease:
-        return _restore(input, objects, groups, output, model, options, command, run_id, lease)
+        return _restore(input, listing, output, model, options, command, run_id, lease)
 
 
 def _restore(
     input: Storage,
-    objects: list[Object],
-    groups: list[RowGroup] | None,
+    listing: Input,
     output: Storage,
     model: ModelFolder,
     options: RestoreOptions,
@@ -254,45 +246,39 @@ def _restore(
     run_id: str,
     lease: Lease,
 ) -> Summary:
-    """The same for what has been listed, while nobody else writes there."""
-    ledger = Ledger(output, run_id)
-    deciding = {name: getattr(options, name) for name in RESULT_OPTIONS}
-    if options.max_change is not None:
-        deciding["max_change"] = options.max_change
-    if options.frames != "refuse":
-        deciding["frames"] = options.frames
-    identity = manifest.options_hash(deciding)
-    existing = {item.key for item in output.list()}
-    before = ledger.latest()
-    work = {
-        item.key: Row(
-            key=item.key, size=item.size, etag=item.etag, model=model.sha256, options=identity, attempt=attempt,
-            run_id=run_id,
-        )
-        for item, attempt in manifest.left_to_do(
-            objects, before, model=model.sha256, options=identity, retry=options.retry, exists=existing
-        )
-    }  # fmt: skip
+    """The same for what is listed, while nobody else writes there."""
+    ledger, begun, overview = Ledger(output, run_id), Ledger(output, run_id, folder="begun"), Overview()
+    account = Account(ledger, lease, overview, options.max_failed_share)
+    work = _Work(
+        listing, ledger, begun, output, model.sha256, options.identity(), options.retry, account, overview, run_id
+    )
     started = time.perf_counter()
-    logger.info("%d objects listed, %d of them left to do", len(objects), len(work))
     stopped = None
     try:
-        if work:
-            _run(work, groups, input, output, model, options, ledger, lease)
-    except _TooManyFailures as verdict:
+        for wave in work.waves():
+            logger.info("%d objects listed, %d of them left to do", account.listed, account.total)
+            # Before their outputs are overwritten: were the driver killed between that and the new row, and the next
+            # run told the options of the old one, the old row would be believed.
+            now = datetime.now(UTC)
+            if again := [replace(wave.rows[key], finished_at=now) for key in wave.old]:
+                begun.append(again)
+            _restore_wave(wave, input, output, model, options, account)
+    except TooManyFailures as verdict:
         stopped = str(verdict)
     except KeyboardInterrupt:
         stopped = INTERRUPTED
     if stopped:
         logger.info("stopped: %s", stopped)
     lease.check()
-    merged = ledger.merge()
-    if groups is not None:
-        _remove_outdated(output, before, merged, targets={group.output_key for group in groups})
-    table = _of_listing(merged, objects)
+    if listing.groups is not None:
+        # Shards that no row is in any more, as when an input file has another number of row groups than before.
+        for key in ledger.superseded() - {group.output_key for group in listing.groups.groups}:
+            output.delete(key)
+    rows = ledger.merge()
+    if not stopped:
+        begun.clear()
     seconds = time.perf_counter() - started
-    assert stopped or len(table) == len(objects), "the ledger does not close: a bug"
-    statuses, errors = manifest.counts(table, "status"), manifest.counts(table, "error")
+    assert stopped or overview.statuses.total() == account.listed <= rows, "the ledger does not close: a bug"
     record = {
         "run_id": run_id,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -300,38 +286,140 @@ def _restore(
         "options": {**asdict(options), "retry": sorted(options.retry.classes)},
         "model": {"name": model.name, "sha256": model.sha256},
         "versions": provenance.versions(),
-        "listed": len(objects),
-        "already_done": len(objects) - len(work),
-        "statuses": statuses,
-        "errors": errors,
+        "listed": account.listed,
+        "already_done": account.listed - account.total,
+        "statuses": dict(sorted(overview.statuses.items())),
+        "errors": dict(sorted(overview.errors.items())),
         "stopped": stopped,
         "seconds": round(seconds, 3),
-        "images_per_second": round(table["run_id"].to_pylist().count(run_id) / max(1e-9, seconds), 3),
+        "images_per_second": round(account.count / max(1e-9, seconds), 3),
     }
     output.write(RUN_FILE, json.dumps(record, indent=2).encode())
     return Summary(
-        listed=len(objects),
-        already_done=len(objects) - len(work),
-        statuses=statuses,
-        errors=errors,
+        listed=account.listed,
+        already_done=account.listed - account.total,
+        overview=overview,
         seconds=seconds,
-        rows=table,
         record=record,
         stopped=stopped,
-        samples=_samples(table, input, output, groups),
+        samples=_samples(overview.samples, input, output, listing.groups),
     )
 
 
-def _run(
-    work: dict[str, Row],
-    groups: list[RowGroup] | None,
-    input: Storage,
-    output: Storage,
-    model: ModelFolder,
-    options: RestoreOptions,
-    ledger: Ledger,
-    lease: Lease,
-) -> None:
+@dataclass(frozen=True)
+class _Wave:
+    """What is handed to Ray at once."""
+
+    rows: dict[str, Row]
+    """By their keys, not yet filled in."""
+    old: set[str]
+    """Keys that have a row of an earlier run."""
+    groups: list[RowGroup] | None
+    """Where the input is Parquet: theirs, whole."""
+
+    def units(self, missing: set[str], size: int) -> Iterator[pa.Table]:
+        """Of what is missing; of objects `size` at most."""
+        if self.groups is None:
+            yield from object_units((row for key, row in self.rows.items() if key in missing), size)
+            return
+        for group in self.groups:
+            keys = group.keys.to_pylist()
+            if not missing.isdisjoint(keys):
+                yield row_group_unit([self.rows[key] for key in keys], group)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is left to do, in waves; on the way what is done already is counted."""
+
+    listing: Input
+    ledger: Ledger
+    begun: Ledger
+    output: Storage
+    model: str
+    options: str
+    retry: Retry
+    account: Account
+    overview: Overview
+    run_id: str
+
+    def waves(self) -> Iterator[_Wave]:
+        groups = self.listing.groups
+        return self._of_objects() if groups is None else self._of_groups(groups)
+
+    def _found(self, input: Input) -> Iterator[Found]:
+        exists: Callable[[str], bool]
+        if input.groups is None:
+            there = manifest.Sorted(((item.key, True) for item in self.output.list()), "the output's listing")
+            exists = lambda key: there.get(key) is not None  # noqa: E731
+        else:
+            exists = {item.key for item in self.output.list()}.__contains__
+        return manifest.compare(
+            input.objects, self.ledger.rows(manifest.COLUMNS), self.begun.rows(("key", "attempt")), exists=exists,
+            model=self.model, options=self.options, retry=self.retry,
+        )  # fmt: skip
+
+    def _of_objects(self) -> Iterator[_Wave]:
+        wave = _Wave({}, set(), None)
+        end = time.monotonic() + WAVE_SECONDS
+        for found in self._found(self.listing):
+            self.account.listed += 1
+            if found.attempt is None:
+                assert found.row is not None
+                self.overview.add(found.row)
+                continue
+            self._add(wave, found.item, found.attempt, old=found.row is not None)
+            if len(wave.rows) == WAVE_OBJECTS or time.monotonic() > end:
+                yield wave
+                wave = _Wave({}, set(), None)
+                end = time.monotonic() + WAVE_SECONDS
+        self.account.complete = True
+        if wave.rows:
+            yield wave
+
+    def _of_groups(self, groups: RowGroups) -> Iterator[_Wave]:
+        """Row groups are done whole, so rows of theirs that were finished already are done again."""
+        attempts = np.zeros(len(groups.order), np.int32)
+        old = np.zeros(len(groups.order), bool)
+        to_do = np.zeros(len(groups.groups), bool)
+        for row, found in zip(groups.order, self._found(self.listing), strict=True):
+            old[row] = found.row is not None
+            attempts[row] = found.attempt or (found.row.attempt + 1 if found.row else 1)
+            to_do[groups.group_of(row)] |= found.attempt is not None
+        for row, found in zip(groups.order, self._found(Input(groups.objects(), groups)), strict=True):
+            if not to_do[groups.group_of(row)]:
+                assert found.row is not None
+                self.overview.add(found.row)
+        self.account.listed = len(groups.order)
+        wave = _Wave({}, set(), [])
+        for index, group in enumerate(groups.groups):
+            if not to_do[index]:
+                continue
+            assert wave.groups is not None
+            wave.groups.append(group)
+            start = int(groups.starts[index])
+            for place, key in enumerate(group.keys.to_pylist(), start):
+                item = Object(key, group.file.size, group.file.etag)
+                self._add(wave, item, int(attempts[place]), old=bool(old[place]))
+            if len(wave.rows) >= WAVE_OBJECTS:
+                yield wave
+                wave = _Wave({}, set(), [])
+        self.account.complete = True
+        if wave.rows:
+            yield wave
+
+    def _add(self, wave: _Wave, item: Object, attempt: int, *, old: bool) -> None:
+        wave.rows[item.key] = Row(
+            key=item.key, size=item.size, etag=item.etag, model=self.model, options=self.options, attempt=attempt,
+            run_id=self.run_id,
+        )  # fmt: skip
+        if old:
+            wave.old.add(item.key)
+        self.account.total += 1
+
+
+def _actors(options: RestoreOptions) -> tuple[str, int]:
+    """The device, and how many processes hold the model. Raises UsageError for what the cluster does not have."""
     cluster.connect()
     device = cluster.pick_device(options.device)
     cpus, gpus = cluster.resources()
@@ -344,12 +432,19 @@ def _run(
             f"--workers {actors}: the cluster has {most} {'GPUs' if device == 'cuda' else 'CPUs'}; "
             f"use --workers {most} or add nodes"
         )
+    return device, actors
+
+
+def _restore_wave(
+    wave: _Wave, input: Storage, output: Storage, model: ModelFolder, options: RestoreOptions, account: Account
+) -> None:
+    device, actors = _actors(options)
     run = RestoreRun(
         input=input,
         output=output,
         model=model,
         device=device,
-        threads=1 if device == "cuda" else max(1, cpus // actors),
+        threads=1 if device == "cuda" else max(1, cluster.resources()[0] // actors),
         max_pixels=options.max_pixels,
         strip_metadata=options.strip_metadata,
         frames=options.frames,
@@ -357,38 +452,31 @@ def _run(
         self_ensemble=options.self_ensemble,
         max_change=options.max_change,
     )
-    account = _Account(ledger, lease, total=len(work), max_failed_share=options.max_failed_share)
+    account.done.clear()
     context = ray.data.DataContext.get_current()
     allowed, context.max_errored_blocks = context.max_errored_blocks, -1
     try:
         # What is missing after the first pass was beside something that killed its actor; in the second it is alone.
         for alone in (False, True):
-            missing = {key: row for key, row in work.items() if key not in account.done}
+            missing = wave.rows.keys() - account.done
             if not missing:
                 break
-            if groups is None:
-                units = list(object_units(missing.values(), 1 if alone else _unit_size(options, len(missing), actors)))
-            else:
-                units = [
-                    row_group_unit([_row_of(item, work, missing) for item in group.objects], group)
-                    for group in groups
-                    if any(item.key in missing for item in group.objects)
-                ]
+            units = list(wave.units(missing, 1 if alone else _unit_size(options, len(missing), actors)))
             dataset = build_dataset(
                 units,
                 run,
                 actors=min(actors, len(units)),
                 batch_size=options.batch_size,
-                separate=device == "cuda" and groups is None,
+                separate=device == "cuda" and wave.groups is None,
                 gpus=1 if device == "cuda" else 0,
                 alone=alone,
             )
             account.follow(dataset)
-        for key, row in work.items():
-            if key not in account.done:
-                row.fail("decode", LOST_ROW if groups is None else LOST_ROW_GROUP)
-                stages.finish(row)
-                account.add([row])
+        for key in wave.rows.keys() - account.done:
+            row = wave.rows[key]
+            row.fail("decode", LOST_ROW if wave.groups is None else LOST_ROW_GROUP)
+            stages.finish(row)
+            account.add([row])
     finally:
         context.max_errored_blocks = allowed
         account.flush()
@@ -399,85 +487,10 @@ def _unit_size(options: RestoreOptions, count: int, actors: int) -> int:
     return max(1, min(options.batch_size, math.ceil(count / (2 * actors))))
 
 
-def _row_of(item: Object, work: dict[str, Row], missing: dict[str, Row]) -> Row:
-    """A row group is done as a whole, so rows of it that were finished already are done again."""
-    if item.key in missing:
-        return missing[item.key]
-    other = next(iter(missing.values()))
-    return replace(work.get(item.key, other), key=item.key, size=item.size, etag=item.etag)
-
-
-class _Account:
-    """Rows as they come from the actors: into the ledger in time, onto the terminal in short."""
-
-    def __init__(self, ledger: Ledger, lease: Lease, total: int, max_failed_share: float) -> None:
-        self.done: set[str] = set()
-        self._lease = lease
-        self._ledger = ledger
-        self._total = total
-        self._max_failed_share = max_failed_share
-        self._failed = self._denied = 0
-        self._waiting: list[Row] = []
-        self._started = self._flushed = self._shown = time.monotonic()
-
-    def follow(self, dataset: ray.data.Dataset) -> None:
-        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            self.add(manifest.rows_of(table))
-
-    def add(self, rows: list[Row]) -> None:
-        self._lease.check()
-        self._waiting += rows
-        self.done.update(row.key for row in rows)
-        self._failed += sum(row.status == "failed" for row in rows)
-        self._denied += sum(row.error == "denied" for row in rows)
-        now = time.monotonic()
-        if len(self._waiting) >= FLUSH_ROWS or now - self._flushed > FLUSH_SECONDS:
-            self.flush()
-        if now - self._shown > PROGRESS_SECONDS:
-            self._shown = now
-            rate = len(self.done) / (now - self._started)
-            left = max(0, self._total - len(self.done)) / rate
-            logger.info(
-                "%d of %d done, %d failed, %.1f images/s, about %.0f s left",
-                len(self.done), self._total, self._failed, rate, left,
-            )  # fmt: skip
-        if self._denied == len(self.done) >= DENIED_ROWS and self._max_failed_share < 1:
-            raise _TooManyFailures(
-                f"access was denied to each of the first {self._denied} objects (the last: {rows[-1].message}); "
-                f"{self._total - len(self.done)} were left alone"
-            )
-        if len(self.done) >= VERDICT_ROWS and self._failed > self._max_failed_share * len(self.done):
-            raise _TooManyFailures(
-                f"{self._failed} of the first {len(self.done)} objects failed, more than --max-failed-share "
-                f"{self._max_failed_share:g}; {self._total - len(self.done)} were left alone"
-            )
-
-    def flush(self) -> None:
-        if self._waiting:
-            self._ledger.append(self._waiting)
-        self._waiting = []
-        self._flushed = time.monotonic()
-
-
-def _remove_outdated(output: Storage, before: pa.Table, after: pa.Table, targets: set[str]) -> None:
-    """Delete shards that no row is in any more, as when an input file has another number of row groups than before."""
-    for key in set(before["output_key"].to_pylist()) - set(after["output_key"].to_pylist()) - targets - {None}:
-        output.delete(key)
-
-
-def _of_listing(table: pa.Table, objects: list[Object]) -> pa.Table:
-    """The rows of what is in the input now; what has been deleted there keeps its row in the ledger."""
-    return table.filter(pa.compute.is_in(table["key"], pa.array([item.key for item in objects], pa.string())))
-
-
 def _samples(
-    table: pa.Table, input: Storage, output: Storage, groups: list[RowGroup] | None
+    rows: list[Row], input: Storage, output: Storage, groups: RowGroups | None
 ) -> list[tuple[Row, bytes, bytes]]:
-    """Some restored photographs, spread over the ledger, before and after."""
-    small = pa.compute.less(pa.compute.multiply(table["width"], table["height"]), SAMPLE_PIXELS)
-    restored = table.filter(pa.compute.and_(pa.compute.equal(table["status"], "restored"), small))
-    spread = range(0, len(restored), max(1, len(restored) // SAMPLES))[:SAMPLES]
-    rows = manifest.rows_of(restored.take(pa.array(spread, pa.int64())))
+    """Restored photographs before and after."""
     samples = []
     for row in rows:
         # Deleted or damaged in the meantime, say: then the page has one picture less.
@@ -489,18 +502,11 @@ def _samples(
     return samples
 
 
-def _read_pair(row: Row, input: Storage, output: Storage, groups: list[RowGroup] | None) -> tuple[bytes, bytes]:
+def _read_pair(row: Row, input: Storage, output: Storage, groups: RowGroups | None) -> tuple[bytes, bytes]:
     assert row.output_key
     if groups is None:
         return input.read(row.key), output.read(row.output_key)
-    group = next(group for group in groups if group.output_key == row.output_key)
-    index = [item.key for item in group.objects].index(row.key)
-    pair = []
-    for storage, file, number in ((input, group.file, group.group), (output, group.output_key, 0)):
-        filesystem, root = storage.filesystem()
-        with filesystem.open_input_file(f"{root}/{file}") as handle:
-            table = pq.ParquetFile(handle).read_row_group(number)
-        image = sources.image_bytes(table[sources.image_column(table.schema)])[index]
-        assert image is not None
-        pair.append(image)
-    return pair[0], pair[1]
+    group = next(group for group in groups.groups if group.output_key == row.output_key)
+    index = pc.index(group.keys, row.key).as_py()
+    one = sources.image_of_row(input, group.file.key, group.group, index)
+    return one, sources.image_of_row(output, group.output_key, None, index)

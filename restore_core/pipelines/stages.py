@@ -7,9 +7,9 @@ import faulthandler
 import hashlib
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from restore_core import codec, manifest, sinks, sources
 from restore_core.checkpoint import ModelFolder
 from restore_core.config import KINDS, Kind
-from restore_core.errors import ItemError
+from restore_core.errors import ErrorClass, ItemError
 from restore_core.inference import Restored, Restorer, release_memory
 from restore_core.manifest import Row
 from restore_core.storage import Object, Storage
@@ -33,6 +33,8 @@ Result = TypeVar("Result")
 
 GROUP_PIXELS = 2**25
 """Decoded at once in a process, in pixels of about ten bytes; one larger picture is a group of its own."""
+READ_BYTES = 2**20
+"""Of a Parquet file's columns at once."""
 SMALL_FILE_BYTES = 2**14
 """Even compressed as far as formats go, a unit of these is no more than some groups: they are not measured first."""
 STAGE_SECONDS = 900
@@ -294,42 +296,76 @@ def restore_row_group(
     rows: list[Row], file: str, group: int, output_key: str, run: RestoreRun, restorer: Restorer, pool: Executor,
     codecs: codec.Processes, batch: int,
 ) -> list[Row]:  # fmt: skip
-    """All stages for one row group of a Parquet file, which becomes one output file. Returns the finished rows."""
-    filesystem, root = run.input.filesystem()
+    """All stages for one row group of a Parquet file, which becomes one output file. Returns the finished rows.
+
+    A failed row keeps its original bytes, so that the table stays whole. Of input and output some rows are held.
+    """
+    done = 0
     try:
-        with filesystem.open_input_file(f"{root}/{file}") as handle:
-            table = pq.ParquetFile(handle).read_row_group(group)
-    except OSError as error:
-        for row in rows:
-            row.fail("read", f"cannot read row group {group} of {file}: {error}"[:500])
-            finish(row)
-        return rows
-    column = sources.image_column(table.schema)
-    images: list[bytes | None] = []
-    for start in range(0, len(rows), batch):
-        sources_of = sources.image_bytes(table[column][start : start + batch])
-        items = [Item(row, data) for row, data in zip(rows[start : start + batch], sources_of, strict=True)]
-        for item in items:
-            if not item.source:
-                item.row.fail("not_an_image", "the image cell is null or empty")
-        items = each(pool, lambda item: fetch(item, run) if item.open else item, items)
-        for part in groups(items, run, codecs, pool):
-            decoded = decode(part, run, codecs, pool)
-            restore(decoded, restorer)
-            images += each(pool, lambda frames: encode_file(frames, run, codecs), files_of(decoded))
-    # A failed row keeps its original bytes, so that the table stays whole.
-    originals = sources.image_bytes(table[column])
-    kept = [original if image is None else image for image, original in zip(images, originals, strict=True)]
-    for row, image in zip(rows, images, strict=True):
-        if image is not None:
-            row.output_key, row.output_sha256 = output_key, hashlib.sha256(image).hexdigest()
-        finish(row)
-    try:
-        sinks.Shard(table, column, output_key).write(kept, run.output)
+        with run.output.create(output_key) as sink, closing(_parts(run.input, file, group, batch)) as parts:
+            writer: sinks.ShardWriter | None = None
+            for part in parts:
+                column = sources.image_column(part.schema)
+                if writer is None:
+                    writer = sinks.ShardWriter(sink, part.schema, column)
+                images = _restore_part(
+                    rows[done : done + len(part)],
+                    sources.image_bytes(part[column]),
+                    output_key,
+                    run,
+                    restorer,
+                    pool,
+                    codecs,
+                )
+                done += len(part)
+                writer.write(part, images)
+            if writer is None or done != len(rows):
+                raise ItemError("read", f"{file} has changed since it was listed; run again")
+            writer.close()
     except ItemError as error:
         for row in rows:
             row.fail(error.error, error.message)
+    for row in rows:
+        finish(row)
     return rows
+
+
+def _parts(input: Storage, file: str, group: int, batch: int) -> Generator[pa.Table, None, None]:
+    """The rows of a row group, `batch` at a time at most. Raises ItemError."""
+    filesystem, root = input.filesystem()
+    try:
+        with filesystem.open_input_file(f"{root}/{file}") as handle:
+            parquet = pq.ParquetFile(handle, pre_buffer=False, buffer_size=READ_BYTES)
+            if group < parquet.num_row_groups:
+                for part in parquet.iter_batches(batch, row_groups=[group]):
+                    yield pa.table(part).replace_schema_metadata(parquet.schema_arrow.metadata)
+    except (OSError, pa.ArrowException) as error:
+        kind: ErrorClass = "vanished" if isinstance(error, FileNotFoundError) else "read"
+        reason = " ".join(str(error).split())[:500]
+        raise ItemError(kind, f"cannot read row group {group} of {file}: {reason}") from error
+
+
+def _restore_part(
+    rows: list[Row], cells: list[bytes | None], output_key: str, run: RestoreRun, restorer: Restorer, pool: Executor,
+    codecs: codec.Processes,
+) -> list[bytes | None]:  # fmt: skip
+    """The new images of some rows, None where one has failed; fills in the rows."""
+    if len(rows) < len(cells):  # more than were listed: told once all are read
+        return [None] * len(cells)
+    items = [Item(row, data) for row, data in zip(rows, cells, strict=True)]
+    for item in items:
+        if not item.source:
+            item.row.fail("not_an_image", "the image cell is null or empty")
+    items = each(pool, lambda item: fetch(item, run) if item.open else item, items)
+    images: list[bytes | None] = []
+    for some in groups(items, run, codecs, pool):
+        decoded = decode(some, run, codecs, pool)
+        restore(decoded, restorer)
+        images += each(pool, lambda frames: encode_file(frames, run, codecs), files_of(decoded))
+    for row, image in zip(rows, images, strict=True):
+        if image is not None:
+            row.output_key, row.output_sha256 = output_key, hashlib.sha256(image).hexdigest()
+    return images
 
 
 def each(pool: Executor, function: Callable[[Argument], Result], items: list[Argument]) -> list[Result]:

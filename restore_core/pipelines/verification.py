@@ -6,18 +6,19 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
 
 from restore_core import manifest, sources
 from restore_core.errors import ItemError
-from restore_core.manifest import Ledger
+from restore_core.manifest import Ledger, Sorted
 from restore_core.pipelines import cluster
-from restore_core.pipelines.listing import is_parquet, list_input, list_row_groups
+from restore_core.pipelines.listing import list_input
 from restore_core.storage import Object, Storage
 
 Finding = Literal["unaccounted", "outdated", "missing", "changed", "unreadable", "extra", "temporary"]
@@ -33,7 +34,9 @@ MEANING: dict[Finding, str] = {
 """What is wrong with an object, and what to do."""
 
 IO_THREADS = 8
-UNIT_FILES = 256
+UNIT_FILES, UNIT_SHARDS, WAVE_UNITS = 256, 8, 1000
+"""Files and Parquet shards that are read by one task, and tasks that are handed to Ray at once."""
+WRITTEN = pa.schema([(name, pa.string()) for name in ("key", "output_key", "output_sha256")])
 FINDINGS = pa.schema([("finding", pa.string()), ("key", pa.string())])
 
 
@@ -49,63 +52,88 @@ class Verification:
     """What is wrong, and with which key (of the input, or for extra and temporary ones of the output)."""
 
 
-def verify(input: Storage, output: Storage) -> Verification:
+def verify(input: Storage, output: Storage, keys: str | None = None) -> Verification:
     """Compare. Reads everything that was written, in parallel on the cluster; changes nothing.
+
+    Args:
+        keys: the list that the restore was given, see `key_list`.
 
     Raises UsageError when there is no input, StorageError when something cannot be listed.
     """
-    objects = list_input(input)
-    groups = list_row_groups(input, objects) if is_parquet(objects) else []
-    if groups:
-        objects = [item for group in groups for item in group.objects]
-    ledger = Ledger(output, manifest.new_run_id()).latest()
-    written = ledger.filter(pa.compute.is_valid(ledger["output_key"]))
-    known = {*written["output_key"].to_pylist(), *(group.output_key for group in groups)}
-    findings: list[tuple[Finding, str]] = [*_of_listing(objects, ledger), *_of_files(output, known)]
-    findings += _of_contents(written, output)
-    listed = ledger.filter(pa.compute.is_in(ledger["key"], pa.array([item.key for item in objects], pa.string())))
-    return Verification(
-        listed=len(objects), statuses=manifest.counts(listed, "status"), hashed=len(written), findings=findings
-    )
+    listing = list_input(input, keys)
+    targets = [group.output_key for group in listing.groups.groups] if listing.groups else []
+    ledger = Ledger(output, manifest.new_run_id())
+    statuses: Counter[str] = Counter()
+    findings = list(_of_listing(listing.objects, ledger, statuses))
+    listed = statuses.total() + sum(finding == "unaccounted" for finding, _ in findings)
+    findings += _of_files(output, ledger, targets)
+    hashed = 0
+    for wave in _waves(ledger):
+        hashed += sum(map(len, wave))
+        findings += _of_contents(wave, output)
+    return Verification(listed=listed, statuses=dict(sorted(statuses.items())), hashed=hashed, findings=findings)
 
 
-def _of_listing(objects: list[Object], ledger: pa.Table) -> Iterator[tuple[Finding, str]]:
-    """Every object has a row, of the version that is there now."""
-    versions = dict(
-        zip(
-            ledger["key"].to_pylist(),
-            zip(ledger["size"].to_pylist(), ledger["etag"].to_pylist(), strict=True),
-            strict=True,
-        )
-    )
+def _of_listing(objects: Iterator[Object], ledger: Ledger, statuses: Counter[str]) -> Iterator[tuple[Finding, str]]:
+    """Every object has a row, of the version that is there now. Counts the rows by their status."""
+    columns = ("key", "size", "etag", "status")
+    rows = Sorted(((values[0], values[1:]) for values in _values(ledger, columns)), "the ledger")
     for item in objects:
-        if item.key not in versions:
+        row = rows.get(item.key)
+        if row is None:
             yield "unaccounted", item.key
-        elif versions[item.key] != (item.size, item.etag):
+            continue
+        size, etag, status = row
+        statuses[status] += 1
+        if (size, etag) != (item.size, item.etag):
             yield "outdated", item.key
 
 
-def _of_files(output: Storage, known: set[str]) -> Iterator[tuple[Finding, str]]:
+def _of_files(output: Storage, ledger: Ledger, targets: list[str]) -> Iterator[tuple[Finding, str]]:
     """Nothing else was written. Names on a disk that has no upper case, say, are found by `_of_contents`."""
-    own = f"{manifest.FOLDER}/"
+    shards, own = set(targets), f"{manifest.FOLDER}/"
+    shards.update(target for key, target in _values(ledger, ("key", "output_key")) if target not in (None, key))
+    files = ((key, True) for key, target in _values(ledger, ("key", "output_key")) if target == key)
+    known = Sorted(files, "the ledger")
     for item in output.list():
-        if item.key not in known and not item.key.startswith(own):
+        if known.get(item.key) is None and item.key not in shards and not item.key.startswith(own):
             yield "extra", item.key
     for key in output.unfinished():
         yield "temporary", key
 
 
-def _of_contents(written: pa.Table, output: Storage) -> list[tuple[Finding, str]]:
+def _values(ledger: Ledger, columns: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
+    for table in ledger.rows(columns):
+        yield from zip(*(table[name].to_pylist() for name in columns), strict=True)
+
+
+def _waves(ledger: Ledger) -> Iterator[list[pa.Table]]:
+    """What was written: key, output_key and output_sha256, in units; the rows of a Parquet shard stay together."""
+    shards = [WRITTEN.empty_table()]
+    waiting, wave = WRITTEN.empty_table(), list[pa.Table]()
+    for table in ledger.rows(WRITTEN.names):
+        written = table.filter(pc.is_valid(table["output_key"]))
+        file = pc.equal(written["key"], written["output_key"])
+        shards.append(written.filter(pc.invert(file)))
+        waiting = pa.concat_tables([waiting, written.filter(file)])
+        while len(waiting) >= UNIT_FILES:
+            wave.append(waiting[:UNIT_FILES])
+            waiting = waiting[UNIT_FILES:]
+        if len(wave) >= WAVE_UNITS:
+            yield wave
+            wave = []
+    wave.append(waiting)
+    files = _by_file(pa.concat_tables(shards).sort_by("output_key"))
+    for start in range(0, len(files), UNIT_SHARDS):
+        rows = [row for file in files[start : start + UNIT_SHARDS] for row in file]
+        wave.append(pa.Table.from_pylist(rows, schema=WRITTEN))
+    yield [unit for unit in wave if len(unit)]
+
+
+def _of_contents(units: list[pa.Table], output: Storage) -> list[tuple[Finding, str]]:
     """Every output is there and hashes to its row."""
-    if not len(written):
+    if not units:
         return []
-    # The rows of a Parquet shard stay together, so that it is read once.
-    rows = written.select(["key", "output_key", "output_sha256"]).sort_by("output_key")
-    files = _by_file(rows)
-    units = [
-        pa.Table.from_pylist([row for file in files[start : start + UNIT_FILES] for row in file], schema=rows.schema)
-        for start in range(0, len(files), UNIT_FILES)
-    ]
     cluster.connect()
     dataset = ray.data.from_arrow(units).map_batches(
         _check_unit, batch_size=None, batch_format="pyarrow", fn_args=(output,)

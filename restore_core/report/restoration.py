@@ -3,24 +3,21 @@
 import base64
 import io
 import json
-from collections import Counter
+from array import array
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from restore_core import codec
-from restore_core.manifest import Row
+from restore_core.manifest import Overview, Row
 
 
 def restore_page(
-    rows: pa.Table, record: dict[str, Any], samples: list[tuple[Row, bytes, bytes]], input_uri: str, output_uri: str
+    overview: Overview, record: dict[str, Any], samples: list[tuple[Row, bytes, bytes]], input_uri: str, output_uri: str
 ) -> bytes:
     """One self-contained HTML page about a restored bucket. Keys and messages are taken as hostile text.
 
     Args:
-        rows: the ledger's rows of everything listed.
+        overview: of everything listed.
         record: what run.json holds.
         samples: rows of restored photographs with their input and output files.
     """
@@ -31,23 +28,18 @@ def restore_page(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
-    failed = rows.filter(pc.equal(rows["status"], "failed"))
-    by_error = failed.group_by("error", use_threads=False).aggregate(
-        [("key", "count"), ("key", "first"), ("message", "first")]
-    )
     failures = [
-        {"error": row["error"], "count": row["key_count"], "key": row["key_first"], "message": row["message_first"]}
-        for row in by_error.sort_by([("key_count", "descending")]).to_pylist()
+        {"error": error, "count": count, "key": key, "message": message}
+        for error, count in overview.errors.most_common()
+        for key, message in [overview.first_failures[error]]
     ]
-    formats = Counter(name or "not decoded" for name in rows["format"].to_pylist())
-    restored = rows.filter(pc.equal(rows["status"], "restored"))
     page = environment.get_template("report.html").render(
         record=record,
         record_json=json.dumps(record, indent=2),
         input=input_uri,
         output=output_uri,
         failures=failures,
-        formats=formats.most_common(),
+        formats=overview.formats.most_common(),
         samples=[
             {
                 "key": row.key,
@@ -57,12 +49,12 @@ def restore_page(
             }
             for row, before, after in samples
         ],
-        change_plot=_data_uri(_change_plot(restored["change"].to_pylist()), "png") if len(restored) > 1 else None,
+        change_plot=_data_uri(_change_plot(overview.changes), "png") if len(overview.changes) > 1 else None,
     )
     return page.encode("utf-8", "backslashreplace")
 
 
-def _change_plot(changes: list[float]) -> bytes:
+def _change_plot(changes: "array[float]") -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 2.4), layout="constrained")

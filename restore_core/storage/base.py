@@ -2,14 +2,15 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Object:
     """One stored file, as a listing shows it."""
 
@@ -50,6 +51,12 @@ class Storage(Protocol):
     def write(self, key: str, data: bytes, content_type: str | None = None) -> None:
         """Write the object whole or not at all, over an older one. Raises ItemError `denied` or `write`."""
 
+    def create(self, key: str) -> AbstractContextManager[IO[bytes]]:
+        """Return a file to write into, for what is too large to be held: stored as `write` does when the context ends.
+
+        After an exception nothing is stored. Raises ItemError like `write`.
+        """
+
     def write_if(self, key: str, data: bytes, version: str | None) -> str | None:
         """Write the object only if it is not there (`version` None), or still is that version (an `Object.etag`).
 
@@ -58,6 +65,9 @@ class Storage(Protocol):
 
     def delete(self, key: str) -> None:
         """Delete the object; a missing one is no error. Raises ItemError `denied` or `write`."""
+
+    def stat(self, key: str) -> Object:
+        """Return what a listing shows of the object. Raises ItemError `vanished`, `denied` or `read`."""
 
     def exists(self, key: str) -> bool:
         """Tell whether the object is there. Raises ItemError `denied` or `read` when that cannot be told."""

@@ -1,13 +1,15 @@
 """Local folders. Keys are taken as hostile: whatever they say, nothing outside the root is touched."""
 
 import contextlib
+import errno
 import os
 import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from stat import S_ISREG
+from typing import IO, TYPE_CHECKING
 
 from restore_core.errors import ErrorClass, ItemError, StorageError, UsageError
 from restore_core.storage.base import Object, one_line
@@ -45,32 +47,39 @@ class LocalStorage:
 
     def list(self, prefix: str = "") -> Iterator[Object]:
         """See `Storage`. Symbolic links to folders are not followed; links to files are listed like files."""
-        for key, entry in self._files(prefix):
+        for key, path in self._files(prefix):
+            if _is_temporary(key):
+                continue
             try:
-                if entry.is_file() and not _TEMPORARY.fullmatch(entry.name):
-                    stat = entry.stat()
-                    yield Object(key, stat.st_size, _etag(stat))
-            except FileNotFoundError:  # deleted since its folder was listed
+                stat = os.stat(path)  # noqa: PTH116  half the time of Path's
+            except FileNotFoundError:  # deleted since its folder was listed, or a link that leads nowhere
                 continue
             except OSError as error:
                 raise StorageError(one_line(f"cannot list {self.join(key)}: {error.strerror}")) from error
+            if S_ISREG(stat.st_mode):
+                yield Object(key, stat.st_size, _etag(stat))
 
     def unfinished(self) -> Iterator[str]:
-        return (key for key, entry in self._files("") if _TEMPORARY.fullmatch(entry.name))
+        return (key for key, _ in self._files("") if _is_temporary(key))
 
-    def _files(self, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
-        """Keys and entries of all that is no folder, in the order of the keys."""
+    def _files(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """Keys and paths of all that is no folder, in the order of the keys. Of each open folder it holds the names."""
         folder, slash, start = prefix.rpartition("/")
         top = self._path(folder, "read") if folder else self.root
-        pending = _entries(top, folder + slash)
-        while pending:
-            key, entry = pending.pop()
+        folders = [(os.fspath(top), folder + slash, _names(top))]
+        while folders:
+            place, above, names = folders[-1]
+            if not names:
+                folders.pop()
+                continue
+            name = names.pop()
+            key, path = above + name, f"{place}/{name.removesuffix('/').translate(_FROM_KEY)}"
             if self.only not in (None, key) or not key.startswith(folder + slash + start):
                 continue
             if key.endswith("/"):
-                pending += _entries(entry.path, key)
+                folders.append((path, key, _names(path)))
             else:
-                yield key, entry
+                yield key, path
 
     def read(self, key: str) -> bytes:
         with _os_errors("read", self.join(key)):
@@ -86,16 +95,25 @@ class LocalStorage:
         raise ItemError("read", one_line(f"cannot read {self.join(item.key)}: it is written to all the time"))
 
     def write(self, key: str, data: bytes, content_type: str | None = None) -> None:
+        with self.create(key) as file:
+            file.write(data)
+
+    @contextlib.contextmanager
+    def create(self, key: str) -> Iterator[IO[bytes]]:
         with _os_errors("write", self.join(key)):
             path = self._path(key, "write")
-            with _temporary_file(path, data) as temporary:
+            with _temporary_file(path) as (temporary, file):
+                yield file
+                file.close()
                 temporary.replace(path)
 
     def write_if(self, key: str, data: bytes, version: str | None) -> str | None:
         """See `Storage`. The old version is moved away, which only one succeeds in, before the new one is put there."""
         with _os_errors("write", self.join(key)):
             path = self._path(key, "write")
-            with _temporary_file(path, data) as temporary:
+            with _temporary_file(path) as (temporary, file):
+                file.write(data)
+                file.close()
                 if version is not None and not _move_away(path, version):
                     return None
                 try:
@@ -107,6 +125,13 @@ class LocalStorage:
     def delete(self, key: str) -> None:
         with _os_errors("write", self.join(key)):
             self._path(key, "write").unlink(missing_ok=True)
+
+    def stat(self, key: str) -> Object:
+        with _os_errors("read", self.join(key)):
+            stat = self._path(key, "read").stat()
+            if not S_ISREG(stat.st_mode):
+                raise FileNotFoundError(errno.ENOENT, "not a file")
+            return Object(key, stat.st_size, _etag(stat))
 
     def exists(self, key: str) -> bool:
         with _os_errors("read", self.join(key)):
@@ -171,14 +196,13 @@ class LocalStorage:
 
 
 @contextlib.contextmanager
-def _temporary_file(path: Path, data: bytes) -> Iterator[Path]:
-    """The content beside its place; gone at the end, unless it was moved there."""
+def _temporary_file(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
+    """A file beside its place, and its path; gone at the end, unless it was moved there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(_temporary_name())
     try:
         with temporary.open("xb") as file:
-            file.write(data)
-        yield temporary
+            yield temporary, file
     finally:  # also on KeyboardInterrupt: leave no half a file behind
         temporary.unlink(missing_ok=True)
 
@@ -221,19 +245,22 @@ def _etag(stat: os.stat_result) -> str:
     return f"{stat.st_mtime_ns:x}"
 
 
-def _entries(folder: str | Path, prefix: str) -> list[tuple[str, os.DirEntry[str]]]:
-    """Keys (those of folders end in "/", which sorts them as S3 does) and entries, the last key first."""
+def _names(folder: str | Path) -> list[str]:
+    """Names as in keys (those of folders end in "/", which sorts them as S3 does), the last one first."""
     try:
         with os.scandir(folder) as entries:
-            found = [
-                (prefix + key_of(entry.name) + "/" * entry.is_dir(follow_symlinks=False), entry) for entry in entries
-            ]
+            return sorted(
+                (key_of(entry.name) + "/" * entry.is_dir(follow_symlinks=False) for entry in entries), reverse=True
+            )
     except FileNotFoundError:
         return []
     except OSError as error:
         place = one_line(key_of(str(folder)))
         raise StorageError(f"cannot list {place}: {error.strerror}; fix its permissions or move it away") from error
-    return sorted(found, key=lambda pair: pair[0], reverse=True)
+
+
+def _is_temporary(key: str) -> bool:
+    return _TEMPORARY.fullmatch(key.rpartition("/")[2]) is not None
 
 
 @contextlib.contextmanager

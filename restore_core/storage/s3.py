@@ -5,14 +5,16 @@ import functools
 import os
 import random
 import re
+import tempfile
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from restore_core.errors import ErrorClass, ItemError, StorageError, UsageError
+from restore_core.storage import listing
 from restore_core.storage.base import Object, one_line
 
 if TYPE_CHECKING:
@@ -64,20 +66,15 @@ class S3Storage:
     def list(self, prefix: str = "") -> Iterator[Object]:
         """See `Storage`. Folder markers (empty objects whose key ends in "/") are left out."""
         root = self.full_key("")
-        more: dict[str, Any] = {}
-        while True:
-            try:
-                page = _list(Bucket=self.bucket, Prefix=root + (self.only or prefix), **more)
-            except _s3_exceptions() as error:
-                raise StorageError(f"cannot list {self.uri}: {_describe(error, 's3:ListBucket')}") from error
-            for found in page.get("Contents", []):
-                key = found["Key"].removeprefix(root)
-                marker = found["Key"].endswith("/") and not found["Size"]
-                if key and not marker and self.only in (None, key) and key.startswith(prefix):
-                    yield Object(key, found["Size"], found["ETag"].strip('"'))
-            if not page.get("IsTruncated"):
-                return
-            more = {"ContinuationToken": page["NextContinuationToken"]}
+        try:
+            for page in listing.pages(partial(_list, Bucket=self.bucket), root + (self.only or prefix)):
+                for full_key, size, etag in page:
+                    key = full_key.removeprefix(root)
+                    marker = full_key.endswith("/") and not size
+                    if key and not marker and self.only in (None, key) and key.startswith(prefix):
+                        yield Object(key, size, etag)
+        except _s3_exceptions() as error:
+            raise StorageError(f"cannot list {self.uri}: {_describe(error, 's3:ListBucket')}") from error
 
     def read(self, key: str) -> bytes:
         with _s3_errors("read", self.join(key), "s3:GetObject"):
@@ -121,6 +118,23 @@ class S3Storage:
         with _s3_errors("write", self.join(key), "s3:PutObject"):
             _patiently(lambda client: client.put_object(**self._put_options(key), Body=data, **extra))
 
+    @contextlib.contextmanager
+    def create(self, key: str) -> Iterator[IO[bytes]]:
+        """See `Storage`. Written to a temporary file of this machine first, then put by one request (5 GiB at most)."""
+
+        def put(client: "S3Client") -> None:
+            file.seek(0)
+            client.put_object(**self._put_options(key), Body=file)
+
+        try:
+            with tempfile.TemporaryFile() as file:
+                yield file
+                with _s3_errors("write", self.join(key), "s3:PutObject"):
+                    _patiently(put)
+        except OSError as error:
+            place = f"the temporary file for {self.join(key)} in {tempfile.gettempdir()}"
+            raise ItemError("write", one_line(f"cannot write {place}: {error.strerror or error}")) from error
+
     def _put_options(self, key: str) -> dict[str, Any]:
         options: dict[str, Any] = {"Bucket": self.bucket, "Key": self.full_key(key)}
         if self.storage_class is not None:
@@ -161,10 +175,15 @@ class S3Storage:
         with _s3_errors("write", self.join(key), "s3:DeleteObject", verb="delete"):
             _patiently(lambda client: client.delete_object(Bucket=self.bucket, Key=self.full_key(key)))
 
+    def stat(self, key: str) -> Object:
+        with _s3_errors("read", self.join(key), "s3:GetObject"):
+            found = _patiently(lambda client: client.head_object(Bucket=self.bucket, Key=self.full_key(key)))
+            return Object(key, found["ContentLength"], found["ETag"].strip('"'))
+        raise AssertionError("unreachable")
+
     def exists(self, key: str) -> bool:
         try:
-            with _s3_errors("read", self.join(key), "s3:GetObject"):
-                _patiently(lambda client: client.head_object(Bucket=self.bucket, Key=self.full_key(key)))
+            self.stat(key)
         except ItemError as error:
             if error.error == "vanished":
                 return False

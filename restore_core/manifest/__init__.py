@@ -1,0 +1,11 @@
+"""The ledger: one row for every input object, and from it what is left to do."""
+
+from restore_core.manifest.ledger import Ledger
+from restore_core.manifest.overview import Overview
+from restore_core.manifest.rows import FOLDER, SCHEMA, Row, Status, new_run_id, options_hash, rows_of, table_of
+from restore_core.manifest.work import COLUMNS, Found, Retry, Sorted, ascending, compare, parse_retry
+
+__all__ = [
+    "COLUMNS", "FOLDER", "SCHEMA", "Found", "Ledger", "Overview", "Retry", "Row", "Sorted", "Status", "ascending",
+    "compare", "new_run_id", "options_hash", "parse_retry", "rows_of", "table_of",
+]  # fmt: skip

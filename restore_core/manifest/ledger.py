@@ -1,0 +1,166 @@
+"""Rows on disk or S3, in files that are each sorted by key, so that any number of them is read as one sorted stream.
+
+Rows are appended as small Parquet files while a run goes on (each written whole or not at all), a few of them are made
+one now and then, and all at the run's end. Where a key has several rows, the latest counts; so a crash between any two
+steps costs nothing.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from restore_core.errors import ItemError, StorageError
+from restore_core.manifest.rows import FOLDER, SCHEMA, Row, table_of
+from restore_core.storage import Object, Storage
+
+FILE_ROWS = 100_000
+"""Of a merged file; about 15 MB."""
+GROUP_ROWS = 4096
+"""What is held of each file while many are read together."""
+SMALL_FILES = 64
+"""So many appended files are made one."""
+_PART = re.compile(r"part-(\d+)-(.+)\.parquet")
+"""Parts with the same second half follow each other, as the result of one merge."""
+
+
+class Ledger:
+    """The ledger of one output: OUTPUT/_restore/manifest/*.parquet.
+
+    Args:
+        output: where the restored files go.
+        run_id: of the run that writes, unique.
+        folder: `begun` is that of the rows of what a run has begun to do again, see `pipelines.restoration`.
+    """
+
+    def __init__(self, output: Storage, run_id: str, folder: str = "manifest") -> None:
+        self._files = output.child(f"{FOLDER}/{folder}")
+        self._run_id = run_id
+        self._written = 0
+        self._small: list[Object] = []
+
+    def append(self, rows: list[Row]) -> None:
+        """Write rows down at once, as a file of their own. Raises StorageError."""
+        self._small.append(self._write(f"{self._run_id}-{self._next():06d}.parquet", _latest(table_of(rows))))
+        if len(self._small) == SMALL_FILES:
+            self._merge([[item] for item in self._small])
+            self._small = []
+
+    def rows(self, columns: Sequence[str] = SCHEMA.names) -> Iterator[pa.Table]:
+        """The row that counts for each key, sorted by key, some thousands at a time. Raises StorageError."""
+        return self._rows(_streams(list(self._files.list())), columns)
+
+    def latest(self) -> pa.Table:
+        """The same in one table, for a ledger that memory holds. Raises StorageError."""
+        return pa.concat_tables([SCHEMA.empty_table(), *self.rows()])
+
+    def superseded(self) -> set[str]:
+        """The output keys that only rows name which do not count any more. After a merge there are none."""
+        ever, now = set(), set()
+        for window in self._windows(_streams(list(self._files.list())), ["key", "finished_at", "output_key"]):
+            ever.update(window["output_key"].to_pylist())
+            now.update(_latest(window)["output_key"].to_pylist())
+        return ever - now - {None}
+
+    def merge(self) -> int:
+        """Make exactly one row a key, in few files. Returns their number. Interrupted anywhere, nothing is lost."""
+        self._small = []
+        return self._merge(_streams(list(self._files.list())))
+
+    def clear(self) -> None:
+        """Delete all rows. Raises ItemError."""
+        for item in list(self._files.list()):
+            self._files.delete(item.key)
+
+    def _next(self) -> int:
+        self._written += 1
+        return self._written - 1
+
+    def _rows(self, streams: list[list[Object]], columns: Sequence[str]) -> Iterator[pa.Table]:
+        needed = list(dict.fromkeys([*columns, "key", "finished_at"]))
+        for window in self._windows(streams, needed):
+            yield _latest(window).select(list(columns))
+
+    def _windows(self, streams: list[list[Object]], columns: list[str]) -> Iterator[pa.Table]:
+        return _windows([self._read(stream, columns) for stream in streams])
+
+    def _merge(self, streams: list[list[Object]]) -> int:
+        generation = f"{self._run_id}-{self._next():06d}"
+        waiting, total, parts = SCHEMA.empty_table(), 0, 0
+
+        def write(table: pa.Table) -> None:
+            nonlocal parts
+            self._write(f"part-{parts:05d}-{generation}.parquet", table)
+            parts += 1
+
+        for table in self._rows(streams, SCHEMA.names):
+            total += len(table)
+            waiting = pa.concat_tables([waiting, table])
+            while len(waiting) >= FILE_ROWS:
+                write(waiting[:FILE_ROWS])
+                waiting = waiting[FILE_ROWS:]
+        if len(waiting):
+            write(waiting)
+        for stream in streams:
+            for item in stream:
+                self._files.delete(item.key)
+        return total
+
+    def _read(self, stream: list[Object], columns: list[str]) -> Iterator[pa.Table]:
+        """Files one after the other, of which one is in memory."""
+        for item in stream:
+            try:
+                data, _ = self._files.read_version(item)
+            except ItemError as error:
+                raise StorageError(f"the ledger cannot be read: {error.message}") from error
+            file = pq.ParquetFile(pa.BufferReader(data))
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group, columns)
+
+    def _write(self, key: str, table: pa.Table) -> Object:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd", row_group_size=GROUP_ROWS)
+        try:
+            self._files.write(key, sink.getvalue().to_pybytes())
+            return self._files.stat(key)
+        except ItemError as error:
+            raise StorageError(f"the ledger cannot be written: {error.message}") from error
+
+
+def _streams(items: list[Object]) -> list[list[Object]]:
+    """Files that follow each other in the order of their rows."""
+    merged: dict[str, list[Object]] = defaultdict(list)
+    for item in items:
+        part = _PART.fullmatch(item.key)
+        merged[part[2] if part else item.key].append(item)
+    return list(merged.values())
+
+
+def _windows(streams: list[Iterator[pa.Table]]) -> Iterator[pa.Table]:
+    """Streams sorted by key as one: all rows of a key in one table, and the keys of a table before the next one's."""
+    heads = [(table, stream) for stream in streams if (table := next(stream, None)) is not None]
+    while heads:
+        end = min(table["key"][-1].as_py() for table, _ in heads)
+        window: list[pa.Table] = []
+        rest = []
+        for table, stream in heads:
+            count = pc.sum(pc.less_equal(table["key"], end)).as_py()
+            window.append(table[:count])
+            left = table[count:] if count < len(table) else next(stream, None)
+            if left is not None:
+                rest.append((left, stream))
+        heads = rest
+        yield pa.concat_tables(window)
+
+
+def _latest(table: pa.Table) -> pa.Table:
+    """Sorted by key, of each key the row that was finished last."""
+    table = table.sort_by([("key", "ascending"), ("finished_at", "ascending")])
+    keys = table["key"].combine_chunks()
+    if len(keys) < 2:
+        return table
+    last = pc.not_equal(keys[:-1], keys[1:])
+    return table.filter(pa.concat_arrays([pa.array(last), pa.array([True])]))

@@ -1,0 +1,124 @@
+"""Listing minus ledger: what is left to do."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar, get_args
+
+import pyarrow as pa
+
+from restore_core.errors import ErrorClass, StorageError, UsageError
+from restore_core.manifest.rows import Row, rows_of
+from restore_core.storage import Object
+
+Value = TypeVar("Value")
+
+COLUMNS = (
+    "key", "size", "etag", "model", "options", "status", "error", "message", "format", "width", "height", "output_key",
+    "change", "attempt", "run_id",
+)  # fmt: skip
+"""Of the ledger's rows, what is looked at again in a later run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retry:
+    """Which failed rows are tried again: none, those of some classes, or all."""
+
+    classes: frozenset[str] = frozenset()
+
+    def wants(self, error: str | None) -> bool:
+        return error in self.classes
+
+
+def parse_retry(text: str | None) -> Retry:
+    """`None` -> nothing, `"all"` -> every class, `"read,denied"` -> those. Raises UsageError."""
+    known = get_args(ErrorClass)
+    if text is None:
+        return Retry()
+    classes = known if text == "all" else tuple(part for part in re.split(r"[,\s]+", text) if part)
+    for name in classes or ("''",):
+        if name not in known:
+            raise UsageError(f"--retry-failed {name}: no such class of failures; use all or some of {', '.join(known)}")
+    return Retry(classes=frozenset(classes))
+
+
+class Sorted(Generic[Value]):
+    """Finds ascending keys in ascending (key, value) pairs, of which it holds one.
+
+    Raises StorageError where the pairs do not ascend.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[str, Value]], name: str) -> None:
+        self._pairs = ascending(pairs, name)
+        self._head = next(self._pairs, None)
+
+    def get(self, key: str) -> Value | None:
+        while self._head is not None and self._head[0] < key:
+            self._head = next(self._pairs, None)
+        return self._head[1] if self._head is not None and self._head[0] == key else None
+
+
+def ascending(pairs: Iterable[tuple[str, Value]], name: str) -> Iterator[tuple[str, Value]]:
+    """The pairs, as they are. Raises StorageError where a key is not greater than the one before."""
+    last = None
+    for key, value in pairs:
+        if last is not None and key <= last:
+            raise StorageError(f"{name} does not come in the order of its keys: {key!r} after {last!r}")
+        yield key, value
+        last = key
+
+
+class Found(NamedTuple):
+    """An object of the listing, held against the ledger."""
+
+    item: Object
+    row: Row | None
+    """What the ledger says of it, of the columns `COLUMNS`."""
+    attempt: int | None
+    """The number of this attempt; None where nothing is left to do."""
+
+
+def compare(
+    objects: Iterable[Object],
+    done: Iterable[pa.Table],
+    begun: Iterable[pa.Table],
+    *,
+    exists: Callable[[str], bool],
+    model: str,
+    options: str,
+    retry: Retry,
+) -> Iterator[Found]:
+    """Hold a listing against the ledger. All come in the order of their keys, and little of them is held.
+
+    Done is what has a row of the same key, version, model and options whose output is (still) there, and what failed
+    unless it is to be retried; but not what a run that was killed has begun to do again since.
+
+    Args:
+        objects: the input's listing.
+        done: the ledger's latest rows, at least `COLUMNS`.
+        begun: of those rows, the ones that were begun again: `key` and the `attempt`.
+        exists: tells whether a key is in the output; asked in ascending order.
+
+    Raises StorageError where a listing is not sorted.
+    """
+    rows = Sorted(((row.key, row) for table in done for row in rows_of(table.select(COLUMNS))), "the ledger")
+    again = Sorted(
+        ((key, attempt) for table in begun for key, attempt in zip(*_lists(table, "key", "attempt"), strict=True)),
+        "the list of what was begun",
+    )
+    for key, item in ascending(((item.key, item) for item in objects), "the input's listing"):
+        row, tries = rows.get(key), again.get(key) or 0
+        if row is None:
+            yield Found(item, None, tries + 1)
+            continue
+        same = (row.size, row.etag, row.model, row.options) == (item.size, item.etag, model, options)
+        if row.status == "failed":
+            finished = not retry.wants(row.error)
+        else:
+            finished = row.output_key is not None and exists(row.output_key)
+        finished = finished and tries <= row.attempt
+        yield Found(item, row, None if same and finished else max(row.attempt, tries) + 1)
+
+
+def _lists(table: pa.Table, *columns: str) -> list[list[object]]:
+    return [table[name].to_pylist() for name in columns]

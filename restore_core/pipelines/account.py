@@ -1,0 +1,101 @@
+"""Rows as they come from the actors: into the ledger in time, onto the terminal in short, and a verdict on the run."""
+
+import logging
+import time
+
+import ray.data
+
+from restore_core import manifest
+from restore_core.lease import Lease
+from restore_core.manifest import Ledger, Overview, Row
+
+logger = logging.getLogger(__name__)
+
+FLUSH_ROWS, FLUSH_SECONDS = 2000, 10.0
+"""The ledger is written down after so many rows or seconds: what a killed driver has to do again."""
+PROGRESS_SECONDS = 5.0
+VERDICT_ROWS = 1000
+"""So many have to be done before a run is stopped because too many fail, as S3 Batch Operations does."""
+DENIED_ROWS = 100
+"""It is stopped after so many if access was denied to each of them: more photographs would be worked on for nothing."""
+
+
+class TooManyFailures(Exception):
+    pass
+
+
+class Account:
+    """Of one run.
+
+    Args:
+        max_failed_share: when more of what is done has failed, `add` raises TooManyFailures, but not before
+            `VERDICT_ROWS` are done.
+    """
+
+    def __init__(self, ledger: Ledger, lease: Lease, overview: Overview, max_failed_share: float) -> None:
+        self.listed = 0
+        """Objects listed until now."""
+        self.total = 0
+        """Of them, those to work on."""
+        self.complete = False
+        """Whether there are no more."""
+        self.count = 0
+        """Objects done."""
+        self.done: set[str] = set()
+        """The keys of those of this wave."""
+        self._lease = lease
+        self._ledger = ledger
+        self._overview = overview
+        self._max_failed_share = max_failed_share
+        self._failed = self._denied = 0
+        self._waiting: list[Row] = []
+        self._started = self._flushed = self._shown = time.monotonic()
+
+    def follow(self, dataset: ray.data.Dataset) -> None:
+        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            self.add(manifest.rows_of(table))
+
+    def add(self, rows: list[Row]) -> None:
+        """Raises TooManyFailures, and StorageError where the lease is lost or the ledger cannot be written."""
+        self._lease.check()
+        for row in rows:
+            if row.key not in self.done:
+                self.done.add(row.key)
+                self.count += 1
+                self._waiting.append(row)
+                self._overview.add(row)
+                self._failed += row.status == "failed"
+                self._denied += row.error == "denied"
+        now = time.monotonic()
+        if len(self._waiting) >= FLUSH_ROWS or now - self._flushed > FLUSH_SECONDS:
+            self.flush()
+        if now - self._shown > PROGRESS_SECONDS:
+            self._shown = now
+            self._show(self.count / (now - self._started))
+        self._judge(rows)
+
+    def flush(self) -> None:
+        if self._waiting:
+            self._ledger.append(self._waiting)
+        self._waiting = []
+        self._flushed = time.monotonic()
+
+    def _show(self, rate: float) -> None:
+        left = max(0, self.total - self.count) / rate
+        more = "" if self.complete else ", and what is not listed yet"
+        logger.info(
+            "%d of %d done, %d failed, %.1f images/s, about %.0f s left%s",
+            self.count, self.total, self._failed, rate, left, more,
+        )  # fmt: skip
+
+    def _judge(self, rows: list[Row]) -> None:
+        left = f"{self.total - self.count} {'' if self.complete else 'and what was not listed yet '}were left alone"
+        if self._denied == self.count >= DENIED_ROWS and self._max_failed_share < 1:
+            raise TooManyFailures(
+                f"access was denied to each of the first {self._denied} objects (the last: {rows[-1].message}); {left}"
+            )
+        if self.count >= VERDICT_ROWS and self._failed > self._max_failed_share * self.count:
+            raise TooManyFailures(
+                f"{self._failed} of the first {self.count} objects failed, more than --max-failed-share "
+                f"{self._max_failed_share:g}; {left}"
+            )

@@ -1,0 +1,163 @@
+"""Listings: of a bucket in ranges of keys at once, and of what there is to do while it is still being listed."""
+
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+from restore_core import storage
+from restore_core.errors import StorageError, UsageError
+from restore_core.pipelines.listing import list_input
+from restore_core.storage import Object, listing, open_storage
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+
+class Bucket:
+    """ListObjectsV2 over keys in memory, as S3 documents it, with few entries on a page."""
+
+    def __init__(self, keys: list[str], page: int = 10, seconds: float = 0.0) -> None:
+        self.keys = sorted(keys)
+        self.page = page
+        self.seconds = seconds
+        self.requests = 0
+        self.fails_at: str | None = None
+        self.threads: set[int] = set()
+
+    def __call__(
+        self, *, Prefix: str, Delimiter: str = "", StartAfter: str = "", ContinuationToken: str = ""
+    ) -> dict[str, Any]:
+        self.requests += 1
+        self.threads.add(threading.get_ident())
+        time.sleep(self.seconds)
+        after = ContinuationToken or StartAfter
+        entries: list[tuple[str, bool]] = []
+        last = after
+        for key in self.keys[bisect_right(self.keys, after) :]:
+            if not key.startswith(Prefix):
+                continue
+            if ContinuationToken and last.endswith("/") and Delimiter and key.startswith(last):
+                continue  # of a folder that was on the page before
+            if key == self.fails_at:
+                raise ConnectionError("broken")
+            head, slash, _ = key[len(Prefix) :].partition(Delimiter) if Delimiter else (key, "", "")
+            entry = (Prefix + head + slash, True) if slash else (key, False)
+            if entry in entries[-1:]:
+                continue
+            if len(entries) == self.page:
+                return self._answer(entries, last)
+            entries.append(entry)
+            last = entry[0]
+        return self._answer(entries, None)
+
+    def _answer(self, entries: list[tuple[str, bool]], token: str | None) -> dict[str, Any]:
+        return {
+            "Contents": [{"Key": key, "Size": 1, "ETag": f'"{key}"'} for key, folder in entries if not folder],
+            "CommonPrefixes": [{"Prefix": key} for key, folder in entries if folder],
+            "IsTruncated": token is not None,
+            "NextContinuationToken": token,
+        }
+
+
+def keys_of(bucket: Bucket, prefix: str = "") -> list[str]:
+    return [key for page in listing.pages(bucket, prefix) for key, _, _ in page]  # type: ignore[arg-type]
+
+
+@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.given(
+    st.sets(st.text("ab/0é", min_size=1, max_size=6), max_size=80), st.sampled_from(["", "a", "a/", "b/a"]),
+    st.integers(1, 4),
+)  # fmt: skip
+def test_every_key_comes_once_and_in_order(keys: set[str], prefix: str, page: int) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(listing, "RANGES", 5)
+        assert keys_of(Bucket(list(keys), page), prefix) == sorted(key for key in keys if key.startswith(prefix))
+
+
+def test_one_page_is_one_request() -> None:
+    bucket = Bucket([f"a/{index}" for index in range(10)])
+    assert len(keys_of(bucket)) == bucket.requests * 10 == 10
+
+
+def test_ranges_are_listed_at_once() -> None:
+    keys = [f"photos/{folder:02d}/{index:03d}.jpg" for folder in range(40) for index in range(100)]
+    slow = Bucket(keys, page=100, seconds=0.02)
+    started = time.perf_counter()
+    assert keys_of(slow, "photos/") == keys
+    seconds = time.perf_counter() - started
+    assert len(slow.threads) > 4
+    assert seconds < 0.6 * slow.requests * slow.seconds, "one after the other"
+
+
+def test_a_page_that_fails_is_an_error_and_no_hole() -> None:
+    keys = [f"{folder:02d}/{index:03d}.jpg" for folder in range(20) for index in range(30)]
+    bucket = Bucket(keys)
+    bucket.fails_at = "11/017.jpg"
+    seen = []
+    with pytest.raises(ConnectionError):
+        seen.extend(key for page in listing.pages(bucket, "") for key, _, _ in page)  # type: ignore[arg-type]
+    assert keys_of(Bucket(keys))[: len(seen)] == seen
+
+
+def test_a_listing_that_is_left_ends_its_threads() -> None:
+    bucket = Bucket([f"{folder:02d}/{index:03d}.jpg" for folder in range(20) for index in range(3000)])
+    before = threading.active_count()
+    pages = listing.pages(bucket, "")  # type: ignore[arg-type]
+    for _ in range(3):
+        next(pages)
+    assert threading.active_count() > before
+    pages.close()  # type: ignore[attr-defined]
+    end = time.monotonic() + 10
+    while threading.active_count() > before:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_real_server(s3: str, moto_client: "S3Client", monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several pages, in folders of unlike sizes, with a folder marker, and without what has only its beginning."""
+    real = storage.s3._list
+    monkeypatch.setattr(storage.s3, "_list", lambda *values, **request: real(*values, **{"MaxKeys": 20, **request}))
+    keys = [f"in/{'abc'[index % 3]}/{index // 90}/é {index:04d}.jpg" for index in range(170)]
+    keys += ["in/z.jpg", "in/a0.jpg", "in/b/"]
+    for key in [*keys, "in2/other.jpg"]:
+        moto_client.put_object(Bucket="photos", Key=key, Body=b"" if key.endswith("/") else b"x")
+    expected = sorted(key.removeprefix("in/") for key in keys if not key.endswith("/"))
+    assert [item.key for item in open_storage("s3://photos/in/").list()] == expected
+    with pytest.raises(StorageError, match="cannot list s3://nowhere: no such bucket"):
+        list(open_storage("s3://nowhere/").list())
+
+
+class Listed:
+    """A storage that does nothing but list, key after key."""
+
+    uri = "s3://many"
+
+    def __init__(self, keys: Iterator[str]) -> None:
+        self.keys = keys
+
+    def list(self, prefix: str = "") -> Iterator[Object]:
+        return (Object(key, 1, "e") for key in self.keys)
+
+
+def test_the_work_begins_before_the_listing_ends() -> None:
+    taken = []
+
+    def keys() -> Iterator[str]:
+        for index in range(1_000_000):
+            taken.append(index)
+            yield f"{index:07d}.jpg"
+
+    found = list_input(Listed(keys()))  # type: ignore[arg-type]
+    assert next(found.objects).key == "0000000.jpg"
+    assert len(taken) == 1
+
+
+def test_an_input_of_nothing_is_refused() -> None:
+    with pytest.raises(UsageError, match="--input s3://many: no files there"):
+        list_input(Listed(iter(["_restore/run.json"])))  # type: ignore[arg-type]

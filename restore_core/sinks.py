@@ -151,40 +151,41 @@ def write(row: Row, data: bytes, output: Storage) -> None:
 
 
 class ShardWriter:
-    """The rows of a Parquet file with other images, part by part; to be closed.
+    """Rows of a Parquet file with other images, part by part; to be closed, also after an exception."""
 
-    Args:
-        file: to write to.
-        schema: of all parts.
-        column: of the encoded images.
-    """
-
-    def __init__(self, file: IO[bytes], schema: pa.Schema, column: str) -> None:
-        self._writer = pq.ParquetWriter(file, schema, compression="zstd")
-        self._schema = schema
-        self._column = column
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._writer: pq.ParquetWriter | None = None
         self._waiting: list[pa.Table] = []
 
-    def write(self, part: pa.Table, images: list[bytes | None]) -> None:
-        """Add rows; where an image is None, the part's own stays. Raises OSError."""
-        field = self._schema.field(self._column)
-        cells = part[self._column].to_pylist()
+    def write(self, part: pa.Table, column: str, images: list[bytes | None]) -> None:
+        """Add rows with new images in a column; where one is None, the part's own stays. Raises OSError.
+
+        All parts have the same schema.
+        """
+        field = part.schema.field(column)
+        cells = part[column].to_pylist()
         if pa.types.is_struct(field.type):
             cells = [
                 cell if image is None else {**cell, "bytes": image} for cell, image in zip(cells, images, strict=True)
             ]
         else:
             cells = [cell if image is None else image for cell, image in zip(cells, images, strict=True)]
-        index = self._schema.get_field_index(self._column)
+        index = part.schema.get_field_index(column)
         self._waiting.append(part.set_column(index, field, pa.array(cells, type=field.type)))
         if sum(table.nbytes for table in self._waiting) > SHARD_GROUP_BYTES:
             self._flush()
 
     def close(self) -> None:
         self._flush()
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def _flush(self) -> None:
-        if self._waiting:
-            self._writer.write_table(pa.concat_tables(self._waiting))
+        if not self._waiting:
+            return
+        table = pa.concat_tables(self._waiting)
         self._waiting = []
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._file, table.schema, compression="zstd")
+        self._writer.write_table(table)

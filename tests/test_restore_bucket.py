@@ -26,7 +26,7 @@ from photos import write_tree
 from PIL import Image
 from processes import descendants, wait_for
 
-from jobs import command_line, restore_bucket
+from jobs import command_line, restore_bucket, verify_bucket
 from jobs.restore_bucket import RestoreBucket
 from restore_core import checkpoint, codec, manifest, sources, storage
 from restore_core.config import ResidualUNetConfig
@@ -403,6 +403,80 @@ def test_what_is_done_stays_done_and_what_has_changed_is_redone(
     assert changed_by(strip_metadata=True, model=small_model(2)) == (everything, {*everything, "5.jpg"})
 
 
+def test_waves_make_no_difference(
+    tree: tuple[Path, Path], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from restore_core.pipelines import restoration
+
+    monkeypatch.setattr(restoration, "WAVE_OBJECTS", 13)
+    source, output = tree[0], tmp_path / "out"
+    assert run(source, output, max_megapixels=0.1, batch_size=4) == 0
+    assert_closed(output, set(TREE))
+    assert files_of(output) == files_of(tree[1])
+    pages = [(place / "_restore/report.html").read_text() for place in (output, tree[1])]
+    captions = [re.findall(r"<figcaption>.*?</figcaption>", page, re.DOTALL) for page in pages]
+    assert captions[0] == captions[1]
+    record, other = (json.loads((place / "_restore/run.json").read_text()) for place in (output, tree[1]))
+    for name in ("listed", "already_done", "statuses", "errors", "stopped"):
+        assert record[name] == other[name]
+    (output / "a/face.jpg").unlink()
+    assert run(source, output, max_megapixels=0.1, batch_size=4) == 0
+    assert files_of(output) == files_of(tree[1])
+    assert json.loads((output / "_restore/run.json").read_text())["already_done"] == len(TREE) - 1
+
+
+def test_an_output_that_was_begun_with_other_options_is_not_believed(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run with other options dies when outputs are written and their rows are not; then the former come back."""
+    files = {f"{index}.png": encoded(photograph(20, 24, index), "PNG") for index in range(3)} | {"bad.png": b"?"}
+    source, output = write_tree(tmp_path / "in", files), tmp_path / "out"
+    assert run(source, output) == 0
+    former, rows = files_of(output), ledger_of(output)
+
+    class Died(Exception):
+        pass
+
+    real = manifest.Ledger.append
+
+    def die(self: manifest.Ledger, new: list[Row]) -> None:
+        if any(row.status for row in new):
+            raise Died
+        real(self, new)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(manifest.Ledger, "append", die)
+        with pytest.raises(Died):
+            run(source, output, repair="noise", model="faces")
+    assert ledger_of(output) == rows
+    assert files_of(output) != former, "it was not in the middle"
+    assert run(source, output) == 0
+    assert files_of(output) == former
+    later = assert_closed(output, set(files))
+    assert {row.attempt for row in later.values()} == {3}
+    assert not list((output / "_restore/begun").glob("*"))
+    assert run(source, output) == 0
+    assert ledger_of(output) == later
+
+
+def test_only_the_listed_keys_are_restored(tmp_path: Path, run: Run, tree: tuple[Path, Path]) -> None:
+    names = ["a/face.jpg", "light \U0001f4a1.jpg", "gone.jpg", "../outside.jpg", "a/face.jpg"]
+    (tmp_path / "list").write_text("\n".join(names))
+    output = tmp_path / "out"
+    assert run(tree[0], output, keys=str(tmp_path / "list")) == 0
+    rows = assert_closed(output, set(names))
+    assert {key: row.error for key, row in rows.items() if row.error} == {
+        "gone.jpg": "vanished", "../outside.jpg": "read",
+    }  # fmt: skip
+    assert files_of(output) == {key: data for key, data in files_of(tree[1]).items() if key in names}
+    listed = {"input": str(tree[0]), "output": str(output), "keys": str(tmp_path / "list")}
+    assert verify_bucket.main(verify_bucket.VerifyBucket(**listed)) == 0
+    assert run(tree[0], output, max_megapixels=0.1) == 0  # now the others
+    rows = ledger_of(output)
+    assert rows["a/face.jpg"].attempt == 1 and rows.keys() == {*TREE, *names}
+    assert json.loads((output / "_restore/run.json").read_text())["listed"] == len(TREE)
+
+
 def test_only_chosen_damages_are_repaired(tmp_path: Path, run: Run) -> None:
     """With the bundled model. What has only damages that are not to be repaired is copied."""
     crop = Image.fromarray(skimage.data.astronaut()).crop((135, 5, 315, 185))
@@ -652,6 +726,52 @@ def test_the_hugging_face_layout_passes_through(tmp_path: Path, run: Run) -> Non
     assert [after[0]["path"], after[3]["path"]] == ["face.jpg", None]
     np.testing.assert_array_equal(codec.decode(after[3]["bytes"]).alpha, codec.decode(GOOD["alpha.png"]).alpha)
     assert rows["data/train-0.parquet#0"].output_sha256 == hashlib.sha256(after[0]["bytes"]).hexdigest()
+
+
+def test_a_row_group_that_memory_does_not_hold_goes_through_in_parts(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output has the rows of one row group in the same order, whatever was held of them at once."""
+    table = dataset_table(20).append_column("caption", pa.array([f"é {index}" for index in range(20)]))
+    (tmp_path / "in").mkdir()
+    pq.write_table(table, tmp_path / "in/train.parquet", row_group_size=20)
+    outputs = []
+    for name, size in (("few", 3), ("many", 32)):
+        assert run(tmp_path / "in", tmp_path / name, batch_size=size) == 0
+        outputs.append(pq.read_table(tmp_path / name / "train.parquet"))
+    assert outputs[0].equals(outputs[1])
+    assert outputs[0].drop_columns("image").equals(table.drop_columns("image"))
+    assert {row.status for row in ledger_of(tmp_path / "few").values()} == {"restored"}
+
+
+def test_parquet_that_changes_while_it_is_read_fails_whole(tmp_path: Path, small_model: Models) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from restore_core.pipelines import stages
+
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    plan = stages.RestoreRun(
+        input=LocalStorage(tmp_path / "in"), output=LocalStorage(tmp_path / "out"),
+        model=checkpoint.read(str(small_model(1))), device="cpu", threads=1, max_pixels=10**6, strip_metadata=False,
+    )  # fmt: skip
+
+    def outcome(group: int) -> set[tuple[str | None, str | None, str | None]]:
+        rows = [Row(key=f"{index}", size=1, etag="e", model="m", options="o", run_id="r") for index in range(4)]
+        with ThreadPoolExecutor(2) as pool, codec.Processes(1, 10**6) as codecs:
+            done = stages.restore_row_group(
+                rows, "a.parquet", group, "a.parquet", plan, plan.restorer(), pool, codecs, batch=3
+            )
+        assert not files_of(tmp_path / "out") and not list(plan.output.unfinished())
+        return {(row.status, row.error, row.output_key) for row in done}
+
+    assert outcome(0) == {("failed", "vanished", None)}
+    for count in (3, 5, 9):
+        pq.write_table(dataset_table(count), tmp_path / "in/a.parquet")
+        assert outcome(0) == {("failed", "read", None)}
+    assert outcome(1) == {("failed", "read", None)}
+    (tmp_path / "in/a.parquet").write_bytes((tmp_path / "in/a.parquet").read_bytes()[100:])
+    assert outcome(0) == {("failed", "read", None)}
 
 
 # --- Deaths --------------------------------------------------------------------------------------------------------
@@ -953,8 +1073,11 @@ def test_parquet_that_cannot_be_used_is_refused(command: Callable[..., str], tmp
     )
     pq.write_table(table.select(["key", "width"]), tmp_path / "columns/a.parquet")
     refused(command(input=tmp_path / "columns"), f"--input {tmp_path}/columns/a.parquet", "columns are key, width")
-    for folder in ("empty", "colliding"):
+    for folder in ("empty", "colliding", "null"):
         (tmp_path / folder).mkdir()
+    nulls = table.set_column(0, "key", pa.array([None, *table["key"].to_pylist()[1:]], pa.string()))
+    pq.write_table(nulls, tmp_path / "null/a.parquet")
+    refused(command(input=tmp_path / "null"), f"--input {tmp_path}/null/a.parquet", "its column key has empty cells")
     pq.write_table(table.slice(0, 0), tmp_path / "empty/a.parquet")
     refused(command(input=tmp_path / "empty"), f"--input {tmp_path}/empty", "no rows in its Parquet files")
     pq.write_table(dataset_table(2), tmp_path / "colliding/a.parquet", row_group_size=1)

@@ -293,7 +293,7 @@ def restore_objects(
 
 
 def restore_row_group(
-    rows: list[Row], file: str, group: int, output_key: str, run: RestoreRun, restorer: Restorer, pool: Executor,
+    rows: list[Row], file_key: str, group: int, output_key: str, run: RestoreRun, restorer: Restorer, pool: Executor,
     codecs: codec.Processes, batch: int,
 ) -> list[Row]:  # fmt: skip
     """All stages for one row group of a Parquet file, which becomes one output file. Returns the finished rows.
@@ -302,26 +302,19 @@ def restore_row_group(
     """
     done = 0
     try:
-        with run.output.create(output_key) as sink, closing(_parts(run.input, file, group, batch)) as parts:
-            writer: sinks.ShardWriter | None = None
+        with (
+            run.output.create(output_key) as file,
+            closing(sinks.ShardWriter(file)) as shard,
+            closing(_parts(run.input, file_key, group, batch)) as parts,
+        ):
             for part in parts:
                 column = sources.image_column(part.schema)
-                if writer is None:
-                    writer = sinks.ShardWriter(sink, part.schema, column)
-                images = _restore_part(
-                    rows[done : done + len(part)],
-                    sources.image_bytes(part[column]),
-                    output_key,
-                    run,
-                    restorer,
-                    pool,
-                    codecs,
-                )
+                cells = sources.image_bytes(part[column])
+                some = rows[done : done + len(part)]
+                shard.write(part, column, _restore_part(some, cells, output_key, run, restorer, pool, codecs))
                 done += len(part)
-                writer.write(part, images)
-            if writer is None or done != len(rows):
-                raise ItemError("read", f"{file} has changed since it was listed; run again")
-            writer.close()
+            if done != len(rows):
+                raise ItemError("read", f"{file_key} has changed since it was listed; run again")
     except ItemError as error:
         for row in rows:
             row.fail(error.error, error.message)

@@ -1,0 +1,115 @@
+#!/usr/bin/env python
+"""Seconds and the driver's memory against the number of objects, on a listing of files that are not there.
+
+The whole restore job runs, on a local Ray, but each object ends as `vanished` when it is read: what is measured is what
+an object costs beside its pixels. Then it runs once more, with only the listing to hold against the ledger. Each in
+a process of its own.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from jobs import command_line
+from restore_core import checkpoint, provenance
+from restore_core.storage import LocalStorage, Object
+
+PER_FOLDER = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    objects: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)
+    """How many; each is a measurement of its own."""
+    batch_size: int = 128
+    """Objects that a worker handles together."""
+    output: Path = Path("benchmarks/growth.json")
+    """The result file."""
+    one: bool = False
+    """Measure here, and print the result: what a measurement's own process is told."""
+
+
+class Listing(LocalStorage):
+    """Lists objects that are not there."""
+
+    count = 0
+
+    def list(self, prefix: str = "") -> Iterator[Object]:
+        for index in range(self.count):
+            folder = f"collection-{index // PER_FOLDER:05d}"
+            yield Object(f"{folder}/photograph of the year {index % PER_FOLDER:04d}.jpg", 12_345, f"{index:032x}")
+
+
+def peak_mb(*, reset: bool = False) -> float:
+    """The most that was resident of this process, since the last reset. Megabytes."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) / 1024
+
+
+def measure(job: Growth) -> dict[str, float]:
+    from restore_core.pipelines import account, cluster
+    from restore_core.pipelines.restoration import RestoreOptions, restore
+
+    cluster.connect()
+    model = checkpoint.read("faces-fast")
+    options = RestoreOptions(model="faces-fast", device="cpu", max_pixels=10**6, batch_size=job.batch_size)
+    (count,) = job.objects
+    first_row: list[float] = []
+    real = account.Account.add
+
+    def add(self: account.Account, rows: list[object]) -> None:
+        first_row.append(time.perf_counter())
+        del first_row[1:]
+        real(self, rows)  # type: ignore[arg-type]
+
+    account.Account.add = add  # type: ignore[method-assign, assignment]
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder).resolve()
+        Listing.count = count
+        result: dict[str, float] = {"objects": count}
+        idle = peak_mb(reset=True)
+        for name in ("first run", "nothing left to do"):
+            started = time.perf_counter()
+            summary = restore(Listing(root / "in"), LocalStorage(root / "out"), model, options, ["growth"])
+            result[f"{name}, s"] = round(time.perf_counter() - started, 2)
+            result[f"{name}, driver MB"] = round(peak_mb())
+            peak_mb(reset=True)
+            assert summary.overview.errors == {"vanished": count}
+            if name == "first run":
+                result["first row, s"] = round(first_row[0] - started, 2)
+                result["ledger MB"] = round(
+                    sum(file.stat().st_size for file in (root / "out").rglob("*.parquet")) / 2**20, 1
+                )
+        result["files of the ledger"] = len(list((root / "out/_restore/manifest").iterdir()))
+        result["before, driver MB"] = round(idle)
+    return result
+
+
+def main(job: Growth) -> int:
+    if job.one:
+        print("result:", json.dumps(measure(job)))
+        return command_line.DONE
+    results = []
+    for count in job.objects:
+        command = [sys.executable, __file__, "--one", "--objects", str(count), "--batch-size", str(job.batch_size)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        if done.returncode:
+            print(done.stderr[-2000:], file=sys.stderr)
+            return done.returncode
+        results.append(json.loads(done.stdout.rpartition("result:")[2]))
+        print(results[-1])
+    job.output.write_text(json.dumps({**provenance.record(), "results": results}, indent=2) + "\n")
+    return command_line.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run(main, Growth))

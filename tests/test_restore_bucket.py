@@ -313,7 +313,11 @@ def test_nothing_is_lost_between_processes(key: str) -> None:
         np.testing.assert_array_equal(getattr(after.picture, name), value, name)
 
 
-def test_frames_and_pages_are_restored_one_by_one(tmp_path: Path, run: Run, small_model: Models) -> None:
+def test_frames_and_pages_are_restored_one_by_one(
+    tmp_path: Path, run: Run, small_model: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray.data
+
     from restore_core.pipelines.restoration import build_dataset, object_units
     from restore_core.pipelines.stages import RestoreRun
 
@@ -347,6 +351,8 @@ def test_frames_and_pages_are_restored_one_by_one(tmp_path: Path, run: Run, smal
         Row(key=row.key, size=row.size, etag=row.etag, model=row.model, options="o", run_id="r")
         for row in rows.values()
     ]
+    # Ray cuts tables of more than this, between any two rows of them.
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "target_max_block_size", 5000)
     dataset = build_dataset(list(object_units(work, 4)), plan, actors=1, batch_size=4, separate=True, gpus=0)
     found = [
         row

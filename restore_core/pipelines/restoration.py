@@ -263,6 +263,7 @@ def _restore(
             if again := [replace(wave.rows[key], finished_at=now) for key in wave.old]:
                 begun.append(again)
             _restore_wave(wave, input, output, model, options, account)
+            del wave  # before the next one is made
     except TooManyFailures as verdict:
         stopped = str(verdict)
     except KeyboardInterrupt:

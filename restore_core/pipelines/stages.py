@@ -385,38 +385,55 @@ ITEM_SCHEMA = pa.schema(
         pa.field("native", pa.large_binary()),
         pa.field("restored", pa.large_binary()),
         pa.field("whole", pa.large_binary()),
-        pa.field("frame", pa.int32()),
+        pa.field("others", pa.large_binary()),
     ]
 )
-"""Items on their way between stages in different processes: the row, and pixels as flat bytes."""
+"""Files on their way between stages in different processes: the row, and pixels as flat bytes.
+
+A row holds all of a file, since Ray cuts large tables between any two rows: of several frames or pages it has the first
+in its columns, and in `others` the rest, as a table of this schema in Arrow's IPC format.
+"""
 
 
 def items_to_table(items: list[Item]) -> pa.Table:
     def column(values: list[bytes | None]) -> pa.Array:
         return pa.array(values, type=pa.large_binary())
 
-    table = manifest.table_of(item.row for item in items)
-    pictures = [item.picture for item in items]
+    files = files_of(items)
+    firsts = [frames[0] for frames in files]
+    table = manifest.table_of(item.row for item in firsts)
+    pictures = [item.picture for item in firsts]
     columns = {
-        "source": column([item.source for item in items]),
-        "pixels": column([None if p is None else p.pixels.tobytes() for p in pictures]),
-        "alpha": column([None if p is None or p.alpha is None else p.alpha.tobytes() for p in pictures]),
-        "native": column([None if p is None or p.native is None else p.native.tobytes() for p in pictures]),
-        "restored": column([None if item.restored is None else item.restored.tobytes() for item in items]),
-        "whole": column([item.whole for item in items]),
-        "frame": pa.array([item.frame for item in items], type=pa.int32()),
+        "source": [item.source for item in firsts],
+        "pixels": [None if p is None else p.pixels.tobytes() for p in pictures],
+        "alpha": [None if p is None or p.alpha is None else p.alpha.tobytes() for p in pictures],
+        "native": [None if p is None or p.native is None else p.native.tobytes() for p in pictures],
+        "restored": [None if item.restored is None else item.restored.tobytes() for item in firsts],
+        "whole": [item.whole for item in firsts],
+        "others": [_packed(frames[1:]) for frames in files],
     }
     for name, values in columns.items():
-        table = table.append_column(ITEM_SCHEMA.field(name), values)
+        table = table.append_column(ITEM_SCHEMA.field(name), column(values))
     return table
+
+
+def _packed(frames: list[Item]) -> bytes | None:
+    if not frames:
+        return None
+    table = items_to_table([replace(item, frame=0) for item in frames])
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    packed: bytes = sink.getvalue().to_pybytes()
+    return packed
 
 
 def items_of_table(table: pa.Table) -> list[Item]:
     rows = manifest.rows_of(table.select(manifest.SCHEMA.names))
     columns = (table[name].to_pylist() for name in ITEM_SCHEMA.names[len(manifest.SCHEMA) :])
     items = []
-    for row, source, pixels, alpha, native, restored, whole, frame in zip(rows, *columns, strict=True):
-        item = Item(row, source, whole=whole, frame=frame)
+    for row, source, pixels, alpha, native, restored, whole, others in zip(rows, *columns, strict=True):
+        item = Item(row, source, whole=whole)
         if pixels is not None:
             assert row.height and row.width and row.format and row.mode
             size = row.height, row.width
@@ -434,4 +451,7 @@ def items_of_table(table: pa.Table) -> list[Item]:
             if restored is not None:
                 item.restored = np.frombuffer(restored, np.uint8).reshape(*size, 3)
         items.append(item)
+        if others is not None:
+            frames = items_of_table(pa.ipc.open_stream(others).read_all())
+            items += [replace(frame, frame=index) for index, frame in enumerate(frames, start=1)]
     return items

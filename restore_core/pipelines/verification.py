@@ -28,7 +28,8 @@ MEANING: dict[Finding, str] = {
     "missing": "in the ledger, but not in the output: run the restore again",
     "changed": "the output is not what the ledger says was written: delete it and run the restore again",
     "unreadable": "the output cannot be read: check its permissions",
-    "extra": "in the output, but no row of the ledger names it: left by an interrupted restore, or somebody else's",
+    "extra": "in the output, but no row of the ledger names it: left by an interrupted restore, of an input whose "
+    "newer version failed, or somebody else's",
     "temporary": "an unfinished write of an interrupted restore: delete it",
 }
 """What is wrong with an object, and what to do."""

@@ -43,12 +43,12 @@ def save(path: Path, height: int, width: int, seed: int = 0, **options: Any) -> 
 
 def work(source: Path, output: Path, model: Path, *limit: int) -> list[dict[str, Any]]:
     """Let a worker restore the folder: with the real ones' settings of the allocator, or without its reserves."""
-    from restore_core.pipelines.cluster import KEEP_MEMORY
+    from restore_core.pipelines.cluster import WORKER_MEMORY
 
     command = [sys.executable, "-W", "ignore::UserWarning", WORKER, source, output, model, *limit]
     done = subprocess.run(
         [*map(str, command)],
-        env={**os.environ, **({} if limit else KEEP_MEMORY)},
+        env={**os.environ, **({} if limit else WORKER_MEMORY)},
         capture_output=True,
         text=True,
         check=False,

@@ -26,6 +26,15 @@ KEEP_MEMORY = {
     "MALLOC_TOP_PAD_": str(2**28),
 }
 
+WORKER_MEMORY = {
+    **KEEP_MEMORY,
+    # oneDNN and what binds it to torch prepare a network anew for each size of picture, and keep 1024 of each such
+    # piece by default. A network of 30 layers needs 30 of them for one size.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    "LRU_CACHE_CAPACITY": "64",
+}
+"""Of processes that restore pictures of many sizes."""
+
 Device = Literal["auto", "cpu", "cuda"]
 
 

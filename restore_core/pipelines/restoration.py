@@ -206,7 +206,7 @@ def build_dataset(
         "batch_format": "pyarrow",
         "max_restarts": -1,
         "max_task_retries": 1,
-        "runtime_env": {"env_vars": cluster.KEEP_MEMORY},
+        "runtime_env": {"env_vars": cluster.WORKER_MEMORY},
     }
     held = {**robust, "fn_constructor_args": (shared,), "num_cpus": 1}
     dataset = ray.data.from_arrow(units)

@@ -11,6 +11,21 @@ _M_MMAP_THRESHOLD = -3
 _LARGE_BLOCK = 2**25
 """Where glibc's own threshold ends up in a process that frees larger ones."""
 
+WORKER_BYTES = 500 * 10**6
+"""Of a process that holds a bundled model, and its idle codec processes."""
+TILE_BYTES = 900 * 10**6
+"""What `faces` takes for a tile of 1024 x 1024 pixels."""
+RESTORING, CODING = 7, 34
+"""Bytes a pixel of a large picture takes in a worker while it is restored, and in worker and codec together while it is
+encoded: of noise in a PNG of 8 bits, which packs worst. See DECISIONS.md."""
+LEAST_PIXELS, MOST_PIXELS = 2**20, 2**30
+
+
+def pixel_budget(available: int, workers: int) -> int:
+    """Pixels of the largest picture that each of the workers that share `available` bytes can restore at once."""
+    free = available // workers - WORKER_BYTES
+    return min(max(min((free - TILE_BYTES) // RESTORING, free // CODING), LEAST_PIXELS), MOST_PIXELS)
+
 
 def trim() -> None:
     """Give back to the system what the allocator keeps of freed memory."""

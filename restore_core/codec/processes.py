@@ -63,6 +63,7 @@ class Processes:
     def __init__(self, count: int, max_pixels: int, seconds: float | None = None) -> None:
         # A child ends with the thread that started it: one that lives as long as this process, or this object.
         self._starter = ThreadPoolExecutor(1)
+        self._starter.submit(int).result()  # it takes its memory now, not when there may be little left
         seconds = SECONDS if seconds is None else seconds
         self._children = [_Child(max_pixels, seconds, self._starter) for _ in range(count)]
         self._idle: queue.LifoQueue[_Child] = queue.LifoQueue()

@@ -70,7 +70,8 @@ class RestoreOptions:
     device: cluster.Device = "auto"
     workers: int | None = None
     batch_size: int = 16
-    max_pixels: int
+    max_pixels: int | None
+    """None: what the nodes' memory allows."""
     strip_metadata: bool = False
     frames: codec.Frames = "refuse"
     repair: tuple[Kind, ...] = KINDS
@@ -350,7 +351,7 @@ def _run(
         model=model,
         device=device,
         threads=1 if device == "cuda" else max(1, cpus // actors),
-        max_pixels=options.max_pixels,
+        max_pixels=options.max_pixels or cluster.pixel_budget(actors if device == "cpu" else cpus),
         strip_metadata=options.strip_metadata,
         frames=options.frames,
         repair=options.repair,

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _M_MMAP_THRESHOLD = -3
-_LARGE_BLOCK = 2**25
-"""Where glibc's own threshold ends up in a process that frees larger ones."""
+_LARGE_BLOCK, _USUAL_BLOCK = 2**20, 2**25
+"""Bytes. The usual one is where glibc's own threshold ends up in a process that frees large blocks."""
 
 WORKER_BYTES = 500 * 10**6
 """Of a process that holds a bundled model, and its idle codec processes."""
@@ -49,7 +49,7 @@ def large_blocks_apart() -> Iterator[None]:
     try:
         yield
     finally:
-        kept = ctypes.c_int(min(int(os.environ.get("MALLOC_MMAP_THRESHOLD_", _LARGE_BLOCK)), 2**31 - 1))
+        kept = ctypes.c_int(min(int(os.environ.get("MALLOC_MMAP_THRESHOLD_", _USUAL_BLOCK)), 2**31 - 1))
         with contextlib.suppress(AttributeError):
             libc.mallopt(_M_MMAP_THRESHOLD, kept)
 

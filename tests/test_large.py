@@ -95,6 +95,15 @@ def test_a_hundred_megapixels_fit_a_small_worker(tmp_path: Path, model: Path, fi
 
 
 @pytest.mark.faults
+def test_a_hundred_megapixels_fit_2_gib_with_a_bundled_model(tmp_path: Path) -> None:
+    """Ten minutes and more on one core."""
+    save(tmp_path / "in/a.jpg", 10_000, 10_000)
+    (row,) = work(tmp_path / "in", tmp_path / "out", Path("faces-fast"))
+    assert (row["status"], row["message"]) == ("unchanged", None)  # nothing is wrong with it
+    assert row["VmHWM"] < 2048
+
+
+@pytest.mark.faults
 def test_memory_stays_flat_over_many_large_pictures(tmp_path: Path, model: Path) -> None:
     for index in range(40):
         height, width = 1100 + 37 * index % 400, 1100 + 91 * index % 500

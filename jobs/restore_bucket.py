@@ -36,8 +36,9 @@ class RestoreBucket:
     """Processes that hold the model: a number, or auto for every GPU of the cluster, else every CPU."""
     batch_size: int = 16
     """Images that a worker handles together; lower it when memory runs out."""
-    max_megapixels: float = 89.0
-    """Larger pictures are refused as too_large, before they are decoded. Megapixels."""
+    max_megapixels: float | None = None
+    """Larger pictures are refused as too_large, before they are decoded. Megapixels; else what the workers' memory
+    allows."""
     strip_metadata: bool = False
     """Drop EXIF, XMP and texts (the ICC profile and the orientation stay)."""
     frames: Literal["refuse", "first", "all"] = "refuse"
@@ -61,7 +62,8 @@ class RestoreBucket:
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
-        require(0 < self.max_megapixels < 1e6, "max_megapixels", self.max_megapixels, "use a number from 0 to 1000000")
+        most = self.max_megapixels
+        require(most is None or 0 < most < 1e6, "max_megapixels", most, "use a number from 0 to 1000000")
         require(0 <= self.max_failed_share <= 1, "max_failed_share", self.max_failed_share, "use a share from 0 to 1")
         if self.max_change is not None:
             require(0 <= self.max_change <= 255, "max_change", self.max_change, "use a number from 0 to 255")
@@ -91,7 +93,7 @@ def main(job: RestoreBucket) -> int:
         device=job.device,
         workers=command_line.worker_count(job.workers),
         batch_size=job.batch_size,
-        max_pixels=int(job.max_megapixels * 1e6),
+        max_pixels=None if job.max_megapixels is None else max(1, int(job.max_megapixels * 1e6)),
         strip_metadata=job.strip_metadata,
         frames=job.frames,
         repair=parse_repair(job.repair),

@@ -1,8 +1,5 @@
 """A model folder as a function on photographs: uint8 of any sizes in, uint8 of the same sizes out, with a diagnosis."""
 
-import contextlib
-import ctypes
-import sys
 from collections import defaultdict
 from collections.abc import Collection, Container
 from dataclasses import dataclass, replace
@@ -12,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from restore_core import checkpoint, tiles
+from restore_core import checkpoint, memory, tiles
 from restore_core.checkpoint import ModelFolder
 from restore_core.config import KINDS, Kind, ResidualUNetConfig, require
 from restore_core.diagnosis import (
@@ -272,6 +269,4 @@ def release_memory() -> None:
     """Give back what torch's cache and glibc's heaps keep of freed memory, so that pieces of another size find room."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # a libc other than glibc
-            ctypes.CDLL(None).malloc_trim(0)
+    memory.trim()

@@ -3,6 +3,8 @@
 import io
 import re
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -102,7 +104,7 @@ def test_errors_come_through_as_they_are(codecs: Processes) -> None:
     assert failing(codecs, b"hello").startswith("not_an_image: no JPEG")
     assert failing(codecs, encoded(1)[:80]).startswith("truncated: the file is cut off after 80 bytes")
     assert failing(codecs, encoded(1, 1001, 1000)) == (
-        "too_large: 1000 x 1001 pixels are over the budget of 1000000 pixels"
+        "too_large: 1000 x 1001 pixels are over the budget of 1000000 pixels; raise --max-megapixels"
     )
     assert process_of(codecs) == before  # none of them costs a process
 
@@ -200,20 +202,42 @@ def test_the_processes_end_with_the_one_that_started_them(codecs: Processes) -> 
     wait_for(lambda: not Path(f"/proc/{process}").exists(), 20)
 
 
+def test_a_child_at_work_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    """It hangs in the middle of a file, so that it does not see its input's end."""
+    program = f"""
+import sys, threading
+sys.path.insert(0, {str(break_codecs(tmp_path / "site"))!r})
+from restore_core.codec import Processes
+codecs = Processes(1, max_pixels=10**6, seconds=600)
+codecs.pixel_count({encoded(1)!r})
+threading.Thread(target=codecs.decode_frames, args=(b"hang",), daemon=True).start()
+print(codecs._children[0]._process.pid, flush=True)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = Path(f"/proc/{int(parent.stdout.readline())}")
+        time.sleep(1)
+        assert child.exists()
+        parent.kill()
+    wait_for(lambda: not child.exists(), 20)
+
+
 def test_an_interrupted_answer_is_not_taken_for_the_next(codecs: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
     from restore_core.codec import processes
 
     class Interrupted(BaseException):
         pass
 
-    real = processes._read_array
+    real = processes._read_part
 
     def interrupted(*_: object) -> None:
         raise Interrupted
 
-    monkeypatch.setattr(processes, "_read_array", interrupted)
+    monkeypatch.setattr(processes, "_read_part", interrupted)
     with pytest.raises(Interrupted):
         codecs.decode_frames(encoded(1))
-    monkeypatch.setattr(processes, "_read_array", real)
+    monkeypatch.setattr(processes, "_read_part", real)
     assert np.array_equal(only(codecs, encoded(2)).pixels, decode(encoded(2)).pixels)
     assert threading.active_count() < 20

@@ -186,13 +186,13 @@ def test_what_cannot_be_taken_apart_is_refused_by_name() -> None:
     palettes = [image.convert("P") for image in pictures()]
     assert reason(saved(palettes, "PNG")).startswith("unsupported: animated PNG with a palette")
     assert reason(ANIMATED["GIF"][0], max_pixels=2879) == (
-        "too_large: 3 frames of 40 x 24 pixels are over the budget of 2879 pixels"
+        "too_large: 3 frames of 40 x 24 pixels are over the budget of 2879 pixels; raise --max-megapixels"
     )
     assert len(decode_frames(ANIMATED["GIF"][0], max_pixels=2880, frames="all")) == 3
     tiff, truths = pages()
     total = sum(truth.shape[0] * truth.shape[1] for truth in truths)
     assert reason(tiff, max_pixels=total - 1) == (
-        f"too_large: 4 pages of {total} pixels are over the budget of {total - 1} pixels"
+        f"too_large: 4 pages of {total} pixels are over the budget of {total - 1} pixels; raise --max-megapixels"
     )
     endless = bytearray(saved(pictures(), "TIFF"))
     first = int.from_bytes(endless[4:8], "little")

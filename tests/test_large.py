@@ -43,12 +43,12 @@ def save(path: Path, height: int, width: int, seed: int = 0, **options: Any) -> 
 
 def work(source: Path, output: Path, model: Path, *limit: int) -> list[dict[str, Any]]:
     """Let a worker restore the folder: with the real ones' settings of the allocator, or without its reserves."""
-    from restore_core.pipelines.cluster import KEEP_MEMORY
+    from restore_core.pipelines.cluster import WORKER_MEMORY
 
     command = [sys.executable, "-W", "ignore::UserWarning", WORKER, source, output, model, *limit]
     done = subprocess.run(
         [*map(str, command)],
-        env={**os.environ, **({} if limit else KEEP_MEMORY)},
+        env={**os.environ, **({} if limit else WORKER_MEMORY)},
         capture_output=True,
         text=True,
         check=False,
@@ -92,6 +92,15 @@ def test_a_hundred_megapixels_fit_a_small_worker(tmp_path: Path, model: Path, fi
     assert after.shape == before.shape
     rows = slice(4000, 4400)  # some are enough, and the whole as integers would be large
     assert np.abs(after[rows].astype(int) - before[rows]).mean() > 0
+
+
+@pytest.mark.faults
+def test_a_hundred_megapixels_fit_2_gib_with_a_bundled_model(tmp_path: Path) -> None:
+    """Ten minutes and more on one core."""
+    save(tmp_path / "in/a.jpg", 10_000, 10_000)
+    (row,) = work(tmp_path / "in", tmp_path / "out", Path("faces-fast"))
+    assert (row["status"], row["message"]) == ("unchanged", None)  # nothing is wrong with it
+    assert row["VmHWM"] < 2048
 
 
 @pytest.mark.faults

@@ -17,7 +17,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from restore_core import exif
 from restore_core.codec import colour, jpeg2000
 from restore_core.codec.colour import Native, Pixels
-from restore_core.codec.frames import split
+from restore_core.codec.frames import split, too_large
 from restore_core.errors import ErrorClass, ItemError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000")
@@ -89,7 +89,7 @@ def decode_frames(data: bytes, *, max_pixels: int, frames: Frames = "refuse") ->
         return [Frame(decode(data, max_pixels=max_pixels, frames=frames))]
     total = sum(math.prod(open_header(part, max_pixels=max_pixels).size) for part in parts)
     if total > max_pixels:
-        raise ItemError("too_large", f"{len(parts)} pages of {total} pixels are over the budget of {max_pixels} pixels")
+        raise too_large(f"{len(parts)} pages of {total} pixels", max_pixels)
     return [Frame(decode(part, max_pixels=max_pixels), part) for part in parts]
 
 
@@ -109,7 +109,7 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, frames: Frames 
     image = open_header(data, max_pixels=max_pixels)
     width, height = _stored_size(image)
     if width * height > max_pixels:
-        raise ItemError("too_large", f"{width} x {height} pixels are over the budget of {max_pixels} pixels")
+        raise too_large(f"{width} x {height} pixels", max_pixels)
     with _decoding(data):
         count = getattr(image, "n_frames", 1)
     if reason := _unsupported(image, data, 1 if frames == "first" else count):
@@ -190,7 +190,7 @@ def _decoding(data: bytes) -> Iterator[None]:
     try:
         yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ItemError("too_large", one_line(str(error))) from error
+        raise ItemError("too_large", one_line(f"{error}; raise --max-megapixels")) from error
     except MemoryError as error:
         raise ItemError("out_of_memory", "not enough memory to decode the picture; lower the pixel budget") from error
     except BROKEN_FILE as error:

@@ -14,7 +14,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from restore_core import exif
 from restore_core.codec import colour, jpeg2000
 from restore_core.codec.colour import Native, Pixels
-from restore_core.codec.decoding import BROKEN_FILE, Picture, decode, one_line, open_header
+from restore_core.codec.decoding import BROKEN_FILE, DEFAULT_MAX_PIXELS, Picture, decode, one_line, open_header
 from restore_core.codec.frames import alphas, animation_options
 from restore_core.errors import ItemError
 
@@ -119,23 +119,31 @@ def without_metadata(source: bytes, *, picture: Picture) -> bytes:
     return encode(picture.pixels, source, picture=picture, software="", strip_metadata=True)  # lossless formats
 
 
-def join(parts: list[bytes], source: bytes, *, software: str, strip_metadata: bool = False) -> bytes:
+def join(
+    parts: list[bytes],
+    source: bytes,
+    *,
+    software: str,
+    strip_metadata: bool = False,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+) -> bytes:
     """Put the frames or pages of a file together again, restored or not.
 
     Args:
         parts: files of one picture each, as `codec.decode_frames` made them or as `encode` wrote them.
         source: the file that they come from, whose timing, loops and metadata are taken.
         software, strip_metadata: see `encode`.
+        max_pixels: see `codec.decode`.
 
     Raises ItemError `encode`.
     """
-    original = open_header(source)
+    original = open_header(source, max_pixels=max_pixels)
     try:
         if isinstance(original, TiffImageFile):
-            return exif.joined(_in_one_byte_order(parts, software))
+            return exif.joined(_in_one_byte_order(parts, software, max_pixels))
         images = [Image.open(io.BytesIO(part), formats=["PNG"]) for part in parts]
         joined = _animation(images, original, source, software, strip_metadata)
-        if alphas(ImageSequence.Iterator(open_header(joined))) != alphas(images):
+        if alphas(ImageSequence.Iterator(open_header(joined, max_pixels=max_pixels))) != alphas(images):
             raise ItemError("encode", "the animation's transparency cannot be written as it was; use --frames first")
         return joined
     except (*BROKEN_FILE, MemoryError) as error:
@@ -169,11 +177,11 @@ def _exif_block(
     return exif.annotated(exif.bare(stored), software)
 
 
-def _in_one_byte_order(parts: list[bytes], software: str) -> list[bytes]:
+def _in_one_byte_order(parts: list[bytes], software: str, max_pixels: int) -> list[bytes]:
     """Pages that were not restored may be big-endian; restored ones never are."""
     if len({part[:2] for part in parts}) == 1:
         return parts
-    pictures = [decode(part) if part[:2] == b"MM" else None for part in parts]
+    pictures = [decode(part, max_pixels=max_pixels) if part[:2] == b"MM" else None for part in parts]
     return [
         part if picture is None else encode(picture.pixels, part, picture=picture, software=software)
         for part, picture in zip(parts, pictures, strict=True)

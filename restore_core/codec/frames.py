@@ -14,6 +14,10 @@ from restore_core.errors import ItemError
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 
 
+def too_large(what: str, max_pixels: int) -> ItemError:
+    return ItemError("too_large", f"{what} are over the budget of {max_pixels} pixels; raise --max-megapixels")
+
+
 def split(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> list[bytes]:
     """TIFF -> its pages with their tags; animations -> PNG files of the frames as they are shown.
 
@@ -36,7 +40,7 @@ def split(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> list[byte
         raise ItemError("unsupported", f"animated AVIF that is not stored upright; {advice}")
     if image.width * image.height * frames > max_pixels:
         size = f"{frames} frames of {image.width} x {image.height} pixels"
-        raise ItemError("too_large", f"{size} are over the budget of {max_pixels} pixels")
+        raise too_large(size, max_pixels)
     clear = image.format != "PNG" and _is_clear(image, frames)
     parts = []
     for index in range(frames):

@@ -1,9 +1,11 @@
 """The codec in child processes: a file that crashes, hangs or floods its decoder costs that process and nothing else.
 
-A child runs `serve`. A message is a line of JSON, with fields and the shapes of arrays, and then the arrays.
+A child runs `serve`. A message is a line of JSON, with fields and the shapes of the parts, and then the parts: arrays
+and files. None of them is copied on its way, since of large pictures they are what memory goes to.
 """
 
 import contextlib
+import ctypes
 import fcntl
 import io
 import json
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, cast
@@ -22,6 +25,7 @@ from typing import IO, Any, Self, cast
 import numpy as np
 import numpy.typing as npt
 
+from restore_core import memory
 from restore_core.codec.colour import Pixels
 from restore_core.codec.decoding import Frame, Frames, Picture, decode_frames, pixel_count
 from restore_core.codec.encoding import encode, join, without_metadata
@@ -35,9 +39,13 @@ _ROOT = Path(__file__).resolve().parent.parent.parent
 _PROGRAM = "import sys; from restore_core.codec import processes; processes.serve(int(sys.argv[1]))"
 _ARRAYS = ("pixels", "alpha", "native")
 _PIPE_BYTES = 2**20
+_LARGE_BYTES = 2**22
+"""After a message of more than that a child gives back what it has freed."""
+_PR_SET_PDEATHSIG = 1
 
 Array = npt.NDArray[Any]
-Message = tuple[dict[str, Any], list[Array | None]]
+Part = Array | bytes | None
+Message = tuple[dict[str, Any], list[Part]]
 
 
 class Processes:
@@ -53,22 +61,27 @@ class Processes:
     """
 
     def __init__(self, count: int, max_pixels: int, seconds: float | None = None) -> None:
-        self._children = [_Child(max_pixels, SECONDS if seconds is None else seconds) for _ in range(count)]
+        # A child ends with the thread that started it: one that lives as long as this process, or this object.
+        self._starter = ThreadPoolExecutor(1)
+        self._starter.submit(int).result()  # it takes its memory now, not when there may be little left
+        seconds = SECONDS if seconds is None else seconds
+        self._children = [_Child(max_pixels, seconds, self._starter) for _ in range(count)]
         self._idle: queue.LifoQueue[_Child] = queue.LifoQueue()
         for child in self._children:
             self._idle.put(child)
 
     def decode_frames(self, data: bytes, *, frames: Frames = "refuse") -> list[Frame]:
-        fields, arrays = self._call("decode", {"call": "decode", "frames": frames}, [_bytes(data)])
+        fields, arrays = self._call("decode", {"call": "decode", "frames": frames}, [data])
         found = []
         for index, picture in enumerate(fields["pictures"]):
-            pixels, alpha, native, source = arrays[4 * index : 4 * index + 4]
-            made = Picture(**picture, pixels=cast(Pixels, pixels), alpha=alpha, native=native)
-            found.append(Frame(made, None if source is None else source.tobytes()))
+            *parts, source = arrays[4 * index : 4 * index + 4]
+            pixels, alpha, native = cast(list[Array], parts)
+            made = Picture(**picture, pixels=pixels, alpha=alpha, native=native)
+            found.append(Frame(made, cast(bytes | None, source)))
         return found
 
     def pixel_count(self, data: bytes, *, frames: Frames = "refuse") -> int:
-        fields, _ = self._call("decode", {"call": "pixel_count", "frames": frames}, [_bytes(data)])
+        fields, _ = self._call("decode", {"call": "pixel_count", "frames": frames}, [data])
         return int(fields["count"])
 
     def encode(
@@ -78,31 +91,31 @@ class Processes:
         if picture.native is None:
             arrays[0] = None  # not looked at
         options = {"software": software, "strip_metadata": strip_metadata, "picture": fields}
-        return self._file("encode", options, [_bytes(source), pixels, *arrays])
+        return self._file("encode", options, [source, pixels, *arrays])
 
     def without_metadata(self, source: bytes, *, picture: Picture) -> bytes:
         fields, arrays = _described(picture)
-        return self._file("without_metadata", {"picture": fields}, [_bytes(source), *arrays])
+        return self._file("without_metadata", {"picture": fields}, [source, *arrays])
 
     def join(self, parts: list[bytes], source: bytes, *, software: str, strip_metadata: bool = False) -> bytes:
         options = {"software": software, "strip_metadata": strip_metadata}
-        return self._file("join", options, [_bytes(source), *(_bytes(part) for part in parts)])
+        return self._file("join", options, [source, *parts])
 
-    def _file(self, call: str, fields: dict[str, Any], arrays: list[Array | None]) -> bytes:
-        _, (data,) = self._call("encode", {"call": call, **fields}, arrays)
-        assert data is not None
-        return data.tobytes()
+    def _file(self, call: str, fields: dict[str, Any], parts: list[Part]) -> bytes:
+        _, (data,) = self._call("encode", {"call": call, **fields}, parts)
+        return cast(bytes, data)
 
-    def _call(self, doing: ErrorClass, fields: dict[str, Any], arrays: list[Array | None]) -> Message:
+    def _call(self, doing: ErrorClass, fields: dict[str, Any], parts: list[Part]) -> Message:
         child = self._idle.get()
         try:
-            return child.call(doing, fields, arrays)
+            return child.call(doing, fields, parts)
         finally:
             self._idle.put(child)
 
     def close(self) -> None:
         for child in self._children:
             child.stop()
+        self._starter.shutdown()
 
     def __enter__(self) -> Self:
         return self
@@ -114,13 +127,14 @@ class Processes:
 
 
 class _Child:
-    def __init__(self, max_pixels: int, seconds: float) -> None:
+    def __init__(self, max_pixels: int, seconds: float, starter: Executor) -> None:
         self._max_pixels = max_pixels
+        self._starter = starter
         self._seconds = seconds
         self._process: subprocess.Popen[bytes] | None = None
 
-    def call(self, doing: ErrorClass, fields: dict[str, Any], arrays: list[Array | None]) -> Message:
-        process = self._process or self._start()
+    def call(self, doing: ErrorClass, fields: dict[str, Any], parts: list[Part]) -> Message:
+        process = self._process or self._starter.submit(self._start).result()
         assert process.stdin is not None and process.stdout is not None
         timed_out = threading.Event()
 
@@ -128,13 +142,13 @@ class _Child:
             timed_out.set()
             process.kill()
 
-        sent = sum(array.nbytes for array in arrays if array is not None)
+        sent = sum(_size(part) for part in parts)
         seconds = self._seconds + SECONDS_PER_MIB * sent / 2**20
         timer = threading.Timer(seconds, give_up)
         timer.start()
         try:
-            _send(process.stdin, fields, arrays)
-            answer, arrays = _receive(process.stdout)
+            _send(process.stdin, fields, parts)
+            answer, found = _receive(process.stdout)
         except (EOFError, BrokenPipeError) as error:
             code, coder = self.stop(), f"its {doing}r"
             if timed_out.is_set():
@@ -150,7 +164,7 @@ class _Child:
             timer.cancel()
         if "error" in answer:
             raise ItemError(answer["error"], answer["message"])
-        return answer, arrays
+        return answer, found
 
     def _start(self) -> "subprocess.Popen[bytes]":
         path = os.pathsep.join([*(entry for entry in sys.path if entry), str(_ROOT)])
@@ -182,13 +196,16 @@ class _Child:
         return process.wait()
 
 
-def _send(file: IO[bytes], fields: dict[str, Any], arrays: Sequence[Array | None]) -> None:
-    arrays = [None if array is None else np.ascontiguousarray(array) for array in arrays]
-    shapes = [None if array is None else (array.shape, array.dtype.str) for array in arrays]
+def _send(file: IO[bytes], fields: dict[str, Any], parts: Sequence[Part]) -> None:
+    parts = [np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part for part in parts]
+    shapes = [
+        (part.shape, part.dtype.str) if isinstance(part, np.ndarray) else None if part is None else len(part)
+        for part in parts
+    ]
     file.write(json.dumps({"fields": fields, "shapes": shapes}).encode() + b"\n")
-    for array in arrays:
-        if array is not None:
-            file.write(array.data)
+    for part in parts:
+        if part is not None:
+            file.write(part.data if isinstance(part, np.ndarray) else part)
     file.flush()
 
 
@@ -198,21 +215,26 @@ def _receive(file: IO[bytes]) -> Message:
     if not line.endswith(b"\n"):
         raise EOFError
     message = json.loads(line)
-    return message["fields"], [None if shape is None else _read_array(file, *shape) for shape in message["shapes"]]
+    return message["fields"], [None if shape is None else _read_part(file, shape) for shape in message["shapes"]]
 
 
-def _read_array(file: IO[bytes], shape: list[int], kind: str) -> Array:
-    array = np.empty(shape, kind)
+def _read_part(file: IO[bytes], shape: Any) -> Array | bytes:
+    if isinstance(shape, int):
+        data = file.read(shape)
+        if len(data) != shape:
+            raise EOFError
+        return data
+    array = np.empty(*shape)
     if cast(io.BufferedReader, file).readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
         raise EOFError
     return array
 
 
-def _bytes(data: bytes) -> Array:
-    return np.frombuffer(data, np.uint8)
+def _size(part: Part) -> int:
+    return part.nbytes if isinstance(part, np.ndarray) else len(part or b"")
 
 
-def _described(picture: Picture) -> Message:
+def _described(picture: Picture) -> tuple[dict[str, Any], list[Part]]:
     fields = {name: value for name, value in vars(picture).items() if name not in _ARRAYS}
     return fields, [getattr(picture, name) for name in _ARRAYS]
 
@@ -232,6 +254,7 @@ def _ending(code: int) -> str:
 
 def serve(max_pixels: int) -> None:
     """Answer until the input ends."""
+    _end_with_parent()
     source, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     _widen(answers)
     quiet, messages = os.open(os.devnull, os.O_WRONLY), os.dup(2)
@@ -242,7 +265,8 @@ def serve(max_pixels: int) -> None:
     _limit_memory(BASE_BYTES + BYTES_PER_PIXEL * max_pixels)
     try:
         while True:
-            _send(answers, *_answer(*_receive(source), max_pixels))
+            if _answer_one(source, answers, max_pixels) > _LARGE_BYTES:
+                memory.trim()
     except EOFError:
         return
     except BaseException:  # a bug of ours, which may be seen
@@ -250,16 +274,24 @@ def serve(max_pixels: int) -> None:
         raise
 
 
-def _answer(fields: dict[str, Any], arrays: list[Array | None], max_pixels: int) -> Message:
+def _answer_one(source: IO[bytes], answers: IO[bytes], max_pixels: int) -> int:
+    """Returns how much came and went, in bytes; by the return nothing of it is held any more."""
+    fields, parts = _receive(source)
+    came = sum(_size(part) for part in parts)
+    answer, made = _answer(fields, parts, max_pixels)
+    _send(answers, answer, made)
+    return came + sum(_size(part) for part in made)
+
+
+def _answer(fields: dict[str, Any], parts: list[Part], max_pixels: int) -> Message:
     call = fields.pop("call")
     try:
         if call in ("decode", "pixel_count"):
-            assert arrays[0] is not None
-            data = arrays[0].tobytes()
+            data = cast(bytes, parts[0])
             if call == "decode":
                 return _decoded(data, max_pixels, fields["frames"])
             return {"count": pixel_count(data, max_pixels=max_pixels, frames=fields["frames"])}, []
-        return {}, [_bytes(_encoded(call, fields, arrays))]
+        return {}, [_encoded(call, fields, parts, max_pixels)]
     except ItemError as error:
         return {"error": error.error, "message": error.message}, []
     except MemoryError:
@@ -267,28 +299,33 @@ def _answer(fields: dict[str, Any], arrays: list[Array | None], max_pixels: int)
 
 
 def _decoded(data: bytes, max_pixels: int, frames: Frames) -> Message:
-    pictures, answer = [], []
+    pictures: list[dict[str, Any]] = []
+    answer: list[Part] = []
     for frame in decode_frames(data, max_pixels=max_pixels, frames=frames):
         described, parts = _described(frame.picture)
         pictures.append(described)
-        answer += [*parts, None if frame.source is None else _bytes(frame.source)]
+        answer += [*parts, frame.source]
     return {"pictures": pictures}, answer
 
 
-def _encoded(call: str, fields: dict[str, Any], arrays: list[Array | None]) -> bytes:
-    first, *others = arrays
-    assert first is not None
-    source = first.tobytes()
+def _encoded(call: str, fields: dict[str, Any], parts: list[Part], max_pixels: int) -> bytes:
+    source, *others = parts
+    assert isinstance(source, bytes)
     if call == "join":
-        return join([part.tobytes() for part in others if part is not None], source, **fields)
+        return join(cast(list[bytes], others), source, max_pixels=max_pixels, **fields)
     pixels = others.pop(0) if call == "encode" else others[0]
-    assert pixels is not None
-    before, alpha, native = others
-    before = pixels if before is None else before
+    before, alpha, native = cast(list[Array], others)
+    before = cast(Pixels, pixels) if before is None else before
     picture = Picture(**fields.pop("picture"), pixels=before, alpha=alpha, native=native)
     if call == "without_metadata":
         return without_metadata(source, picture=picture)
-    return encode(pixels, source, picture=picture, **fields)
+    return encode(cast(Pixels, pixels), source, picture=picture, **fields)
+
+
+def _end_with_parent() -> None:
+    """Be killed when the thread that started this process is gone, even in the middle of a file."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _limit_memory(most: int) -> None:

@@ -13,6 +13,7 @@ from typing import Literal
 import ray
 import ray.data
 
+from restore_core import memory
 from restore_core.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +26,15 @@ KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
     "MALLOC_TOP_PAD_": str(2**28),
 }
+
+WORKER_MEMORY = {
+    **KEEP_MEMORY,
+    # oneDNN and what binds it to torch prepare a network anew for each size of picture, and keep 1024 of each such
+    # piece by default. A network of 30 layers needs 30 of them for one size.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    "LRU_CACHE_CAPACITY": "64",
+}
+"""Of processes that restore pictures of many sizes."""
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -85,6 +95,16 @@ def pick_device(device: Device) -> Literal["cpu", "cuda"]:
     if device == "auto":
         return "cuda" if gpus else "cpu"
     return device
+
+
+def pixel_budget(workers: int) -> int:
+    """What a picture may have on the node that has least memory for each of its workers, of `workers` in all.
+
+    The memory is what Ray offers there, which heeds a container's limit and leaves the object store out.
+    """
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    budgets = [memory.pixel_budget(int(node.get("memory", 0)), min(workers, int(node["CPU"]))) for node in found]
+    return min(budgets, default=memory.LEAST_PIXELS)
 
 
 def cpus_per_node() -> int:

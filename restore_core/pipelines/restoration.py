@@ -61,7 +61,8 @@ class RestoreOptions:
     device: cluster.Device = "auto"
     workers: int | None = None
     batch_size: int = 16
-    max_pixels: int
+    max_pixels: int | None
+    """None: what the nodes' memory allows."""
     strip_metadata: bool = False
     frames: codec.Frames = "refuse"
     repair: tuple[Kind, ...] = KINDS
@@ -200,7 +201,7 @@ def build_dataset(
         "batch_format": "pyarrow",
         "max_restarts": -1,
         "max_task_retries": 1,
-        "runtime_env": {"env_vars": cluster.KEEP_MEMORY},
+        "runtime_env": {"env_vars": cluster.WORKER_MEMORY},
     }
     held = {**robust, "fn_constructor_args": (shared,), "num_cpus": 1}
     dataset = ray.data.from_arrow(units)
@@ -440,13 +441,14 @@ def _restore_wave(
     wave: _Wave, input: Storage, output: Storage, model: ModelFolder, options: RestoreOptions, account: Account
 ) -> None:
     device, actors = _actors(options)
+    cpus, _ = cluster.resources()
     run = RestoreRun(
         input=input,
         output=output,
         model=model,
         device=device,
-        threads=1 if device == "cuda" else max(1, cluster.resources()[0] // actors),
-        max_pixels=options.max_pixels,
+        threads=1 if device == "cuda" else max(1, cpus // actors),
+        max_pixels=options.max_pixels or cluster.pixel_budget(actors if device == "cpu" else cpus),
         strip_metadata=options.strip_metadata,
         frames=options.frames,
         repair=options.repair,

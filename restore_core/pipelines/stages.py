@@ -3,13 +3,13 @@
 Every expected failure ends in the object's row and goes no further; anything else is a bug and is not caught.
 """
 
+import contextlib
 import faulthandler
 import hashlib
 import socket
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor
-from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from restore_core import codec, manifest, sinks, sources
+from restore_core import codec, manifest, memory, sinks, sources
 from restore_core.checkpoint import ModelFolder
 from restore_core.config import KINDS, Kind
 from restore_core.errors import ErrorClass, ItemError
@@ -39,8 +39,12 @@ SMALL_FILE_BYTES = 2**14
 """Even compressed as far as formats go, a unit of these is no more than some groups: they are not measured first."""
 STAGE_SECONDS = 900
 """Longer than a unit's files may take to be fetched and decoded, or encoded and written, retries included."""
-LARGE_BYTES = 2**24
-"""Pixels of a picture for which keeping the network's memory from the encoder matters."""
+LARGE_PIXELS = 2**20
+"""For a picture of that many or more the network takes what it needs piece by piece, and all is given back after it: it
+would be in the encoder's way, and comes again in other sizes."""
+IDLE_BYTES = 3 * 2**29
+"""After others it is kept, until so much lies unused: pictures that all differ in size leave gaps that fit no other. A
+batch of 2**20 pixels through `faces` leaves 1.2 GB, which the next one takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +94,7 @@ class Item:
         return self.row.status is None
 
 
-@contextmanager
+@contextlib.contextmanager
 def _wall(row: Row) -> Iterator[None]:
     """Turn an expected failure into the row's, and add the time to it."""
     started = time.perf_counter()
@@ -172,11 +176,13 @@ def _describe(row: Row, picture: codec.Picture) -> None:
 def restore(items: list[Item], restorer: Restorer) -> None:
     """Run the network over the items that are still open, together where it goes, else one by one."""
     waiting = [item for item in items if item.open]
+    large = any(item.picture and item.picture.width * item.picture.height >= LARGE_PIXELS for item in waiting)
     started = time.perf_counter()
-    try:
-        results: list[Restored | ItemError] = [*restorer([item.picture.pixels for item in waiting if item.picture])]
-    except (FloatingPointError, MemoryError):
-        results = [_restore_one(item, restorer) for item in waiting]
+    with memory.large_blocks_apart() if large else contextlib.nullcontext():
+        try:
+            results: list[Restored | ItemError] = [*restorer([item.picture.pixels for item in waiting if item.picture])]
+        except (FloatingPointError, MemoryError):
+            results = [_restore_one(item, restorer) for item in waiting]
     seconds = (time.perf_counter() - started) / max(1, len(waiting))
     for item, result in zip(waiting, results, strict=True):
         row = item.row
@@ -190,8 +196,8 @@ def restore(items: list[Item], restorer: Restorer) -> None:
         row.sigma, row.flips, row.patches = result.sigma, result.flips, result.patches
         row.gray = None if gray_file else result.gray
         item.restored = None if result.undamaged(gray_file=gray_file, repair=restorer.repair) else result.pixels
-    if any(item.picture and item.picture.pixels.nbytes > LARGE_BYTES for item in waiting):
-        release_memory()  # what the network took is the encoder's now
+    if large or memory.idle() > IDLE_BYTES:
+        release_memory()
 
 
 def _restore_one(item: Item, restorer: Restorer) -> Restored | ItemError:
@@ -304,8 +310,8 @@ def restore_row_group(
     try:
         with (
             run.output.create(output_key) as file,
-            closing(sinks.ShardWriter(file)) as shard,
-            closing(_parts(run.input, file_key, group, batch)) as parts,
+            contextlib.closing(sinks.ShardWriter(file)) as shard,
+            contextlib.closing(_parts(run.input, file_key, group, batch)) as parts,
         ):
             for part in parts:
                 column = sources.image_column(part.schema)

@@ -1,0 +1,75 @@
+"""Memory as the system and its allocator see it."""
+
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+_M_MMAP_THRESHOLD = -3
+_LARGE_BLOCK, _USUAL_BLOCK = 2**20, 2**25
+"""Bytes. The usual one is where glibc's own threshold ends up in a process that frees large blocks."""
+
+WORKER_BYTES = 500 * 10**6
+"""Of a process that holds a bundled model, and its idle codec processes."""
+TILE_BYTES = 900 * 10**6
+"""What `faces` takes for a tile of 1024 x 1024 pixels."""
+RESTORING, CODING = 7, 34
+"""Bytes a pixel of a large picture takes in a worker while it is restored, and in worker and codec together while it is
+encoded: of noise in a PNG of 8 bits, which packs worst. See DECISIONS.md."""
+LEAST_PIXELS, MOST_PIXELS = 2**20, 2**30
+
+
+def pixel_budget(available: int, workers: int) -> int:
+    """Pixels of the largest picture that each of the workers that share `available` bytes can restore at once."""
+    free = available // workers - WORKER_BYTES
+    return min(max(min((free - TILE_BYTES) // RESTORING, free // CODING), LEAST_PIXELS), MOST_PIXELS)
+
+
+def trim() -> None:
+    """Give back to the system what the allocator keeps of freed memory."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # a libc other than glibc
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextlib.contextmanager
+def large_blocks_apart() -> Iterator[None]:
+    """Meanwhile large blocks come from the system one by one and go back when they are freed: none leaves a gap.
+
+    Asking for each costs time; where a process is told to keep what it has, it does so again afterwards.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    with contextlib.suppress(AttributeError):  # a libc other than glibc
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
+    try:
+        yield
+    finally:
+        kept = ctypes.c_int(min(int(os.environ.get("MALLOC_MMAP_THRESHOLD_", _USUAL_BLOCK)), 2**31 - 1))
+        with contextlib.suppress(AttributeError):
+            libc.mallopt(_M_MMAP_THRESHOLD, kept)
+
+
+class _Mallinfo2(ctypes.Structure):
+    """`struct mallinfo2`, of which we want bytes in use: mapped one by one, and in the heaps."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in ("a", "b", "c", "d", "mapped", "e", "f", "used", "g", "h"))
+
+
+def idle() -> int:
+    """Resident memory of this process, bytes, beyond what is allocated: libraries, and what has been freed and kept.
+
+    0 where that cannot be told (a libc other than glibc from 2.33 on).
+    """
+    try:
+        mallinfo2 = ctypes.CDLL(None).mallinfo2
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError):
+        return 0
+    mallinfo2.restype = _Mallinfo2
+    known = mallinfo2()
+    return max(0, resident - int(known.mapped) - int(known.used))

@@ -1,0 +1,41 @@
+"""Memory: what a picture may take, and what is given back."""
+
+import numpy as np
+import pytest
+
+from restore_core import memory
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("available", "workers", "megapixels"),
+    [
+        (2 * 2**30, 1, 48),
+        (4 * GB, 1, 102),
+        (16 * GB, 2, 220),
+        (16 * GB, 1, 455),
+        (GB, 1, 1),  # too little for anything: small pictures may still go
+        (10**12, 1, 1073),
+    ],
+)
+def test_the_pixel_budget_follows_from_memory(available: int, workers: int, megapixels: int) -> None:
+    assert memory.pixel_budget(available, workers) // 10**6 == megapixels
+
+
+def test_a_budget_fits_into_the_memory_that_it_is_made_from() -> None:
+    for available in range(2 * GB, 64 * GB, GB):
+        pixels = memory.pixel_budget(available, 2)
+        if pixels > memory.LEAST_PIXELS:
+            assert memory.WORKER_BYTES + memory.CODING * pixels <= available / 2
+            assert memory.WORKER_BYTES + memory.TILE_BYTES + memory.RESTORING * pixels <= available / 2
+
+
+def test_what_is_allocated_is_not_idle() -> None:
+    memory.trim()
+    before = memory.idle()
+    with memory.large_blocks_apart():
+        block = np.ones(2**27, np.uint8)
+        assert memory.idle() < before + 2**26
+        del block
+    assert memory.idle() < before + 2**26

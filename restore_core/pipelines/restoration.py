@@ -289,6 +289,7 @@ def _restore(
     merged = ledger.merge()
     if groups is not None:
         _remove_outdated(output, before, merged, targets={group.output_key for group in groups})
+    output.remove_unfinished(before=lease.since)
     table = _of_listing(merged, objects)
     seconds = time.perf_counter() - started
     assert stopped or len(table) == len(objects), "the ledger does not close: a bug"

@@ -58,6 +58,15 @@ class LocalStorage:
     def unfinished(self) -> Iterator[str]:
         return (key for key, entry in self._files("") if _TEMPORARY.fullmatch(entry.name))
 
+    def remove_unfinished(self, before: float) -> None:
+        for _, entry in self._files(""):
+            if _TEMPORARY.fullmatch(entry.name):
+                with contextlib.suppress(OSError):  # finished in the meantime, or another user's
+                    stat = entry.stat(follow_symlinks=False)
+                    # A rename changes only the second: a lease that is just being renewed is moved away for a moment.
+                    if max(stat.st_mtime, stat.st_ctime) < before:
+                        Path(entry.path).unlink()
+
     def _files(self, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
         """Keys and entries of all that is no folder, in the order of the keys."""
         folder, slash, start = prefix.rpartition("/")

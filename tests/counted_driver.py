@@ -29,7 +29,7 @@ def counted(notes: Path) -> type:
             from restore_core import sinks
             from restore_core.pipelines.restoration import RestoreUnit
 
-            file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             write = sinks.write
 
             def noted(row: Row, *others: Any) -> None:

@@ -175,7 +175,7 @@ def again(local_ray: None, small_model: Models, tmp_path_factory: pytest.TempPat
         notes = Notes(tmp_path_factory.mktemp("notes") / "notes")
         job = RestoreBucket(
             input=str(source), output=str(output), model=str(model or small_model(1)), device="cpu",
-            workers=str(FEW_ACTORS), batch_size=FEW_BATCH, **options,
+            workers="1", batch_size=FEW_BATCH, **options,
         )  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(restoration, "RestoreUnit", counted(notes.path))

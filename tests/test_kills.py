@@ -36,7 +36,7 @@ Process = subprocess.Popen[str]
 
 TESTS = Path(__file__).resolve().parent
 GRACE_SECONDS = 120
-"""So long processes may take to end that have lost their driver or their node, on a busy machine."""
+"""So long workers may take to end that have lost their driver or their node, on a busy machine."""
 
 
 def bound(actors: int, batch: int, flush_rows: int) -> int:
@@ -130,8 +130,8 @@ class Started:
         return (self._folder / f"{self._processes.index(process)}.{stream}").read_text()
 
     def wait_until_gone(self) -> None:
-        """Until none is left of those started here, and of those started by them."""
-        wait_for(lambda: not marked(self._mark), GRACE_SECONDS)
+        """Until no worker is left that could write. Ray's agents, which cannot, outlive their driver by a minute."""
+        wait_for(lambda: not marked(self._mark, "RestoreUnit"), GRACE_SECONDS)
 
     def end(self) -> None:
         kill(*marked(self._mark))
@@ -235,7 +235,10 @@ def test_a_driver_that_is_killed_around_an_append(
         assert killed(driver), processes.said(driver, "err")
         recorded = keys_of(ledger(output))
         assert len(recorded) == FEW_FLUSH * (1 if moment == "before" else 2)  # in whole units
-        assert recorded < outputs(output).keys()
+        written = outputs(output).keys()
+        assert recorded <= written
+        if moment == "before":
+            assert len(written - recorded) >= FEW_FLUSH
         expected, changed = {key: restored[key] for key in images(FEW)}, set()
         if moment == "after":  # and before the next run two objects change of which there is a row
             for key, other in zip(sorted(recorded)[:2], sorted(restored)[FEW:], strict=True):

@@ -69,6 +69,11 @@ class Lease:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
+    @property
+    def since(self) -> float:
+        """Before it was taken. Seconds since 1970."""
+        return self._owner.since
+
     def __enter__(self) -> Self:
         self._version = self._put(None)
         if self._version is None:
@@ -159,8 +164,10 @@ def _machine() -> str:
 def _process(pid: int) -> str:
     """Identifies a process that runs here now; the number alone would do for a later one too."""
     machine = _machine()
+    gone = f"{machine}gone" if machine else ""
     try:
-        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # in clock ticks since the boot
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return f"{machine}gone" if machine else ""
-    return f"{machine}{pid}/{started}"
+        return gone
+    state, started = fields[0], fields[19]  # started: in clock ticks since the boot
+    return gone if state in "ZX" else f"{machine}{pid}/{started}"  # Z: it has ended, and its parent has not asked

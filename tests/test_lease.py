@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,23 @@ def test_the_lease_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> 
         os.kill(process.pid, signal.SIGKILL)
     with Lease(output, KEY, "second"):
         assert json.loads(output.read(KEY))["run_id"] == "second"
+
+
+def test_a_killed_process_is_dead_before_its_parent_has_asked(tmp_path: Path) -> None:
+    output = LocalStorage(tmp_path)
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        owner = lease.Owner("killed", "here", process.pid, lease._process(process.pid), time.time(), time.time())
+        output.write(KEY, json.dumps(asdict(owner)).encode())
+        with pytest.raises(UsageError, match=f"process {process.pid}, "):
+            Lease(output, KEY, "second").__enter__()
+        process.kill()
+        wait_for(lambda: ") Z " in Path(f"/proc/{process.pid}/stat").read_text())
+        with Lease(output, KEY, "second"):
+            assert json.loads(output.read(KEY))["run_id"] == "second"
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b"[1]", b'{"run_id": 1}'])

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -228,6 +229,24 @@ def test_leftovers_of_a_killed_write_are_not_listed(folder: LocalStorage) -> Non
     (folder.root / "_restore").mkdir()
     (folder.root / "_restore" / "run.json").write_bytes(b"")
     assert keys(folder) == [".hidden.jpg", "_restore/run.json"]
+
+
+def test_leftovers_of_a_killed_write_are_removed_but_not_those_under_way(folder: LocalStorage) -> None:
+    old, renamed, young = (folder.root / "a" / f".restore-{digit * 32}.tmp" for digit in "012")
+    like = folder.root / "a" / ".restore-0.tmp"
+    old.parent.mkdir()
+    for path in (old, like):
+        path.write_bytes(b"half")
+    (folder.root / "b").write_bytes(b"moved away, as a lease is while it is renewed")
+    time.sleep(0.05)
+    before = time.time()
+    time.sleep(0.05)
+    (folder.root / "b").rename(renamed)
+    young.write_bytes(b"half")
+    folder.remove_unfinished(before)
+    assert sorted(path.name for path in old.parent.iterdir()) == [like.name, renamed.name, young.name]
+    folder.remove_unfinished(time.time() + 1)
+    assert sorted(path.name for path in old.parent.iterdir()) == [like.name]
 
 
 def test_a_file_where_a_folder_is_needed(folder: LocalStorage) -> None:

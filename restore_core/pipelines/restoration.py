@@ -279,6 +279,7 @@ def _restore(
     rows = ledger.merge()
     if not stopped:
         begun.clear()
+    output.remove_unfinished(before=lease.since)
     seconds = time.perf_counter() - started
     assert stopped or overview.statuses.total() == account.listed <= rows, "the ledger does not close: a bug"
     record = {

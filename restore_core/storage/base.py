@@ -78,6 +78,12 @@ class Storage(Protocol):
         Raises StorageError like `list`.
         """
 
+    def remove_unfinished(self, before: float) -> None:
+        """Delete those that have not changed since that time (seconds since 1970), where that is allowed.
+
+        Raises StorageError like `list`.
+        """
+
     def filesystem(self) -> "tuple[FileSystem, str]":
         """Return a pyarrow filesystem and the root's path in it, for Parquet and Ray Data."""
 

@@ -62,6 +62,15 @@ class LocalStorage:
     def unfinished(self) -> Iterator[str]:
         return (key for key, _ in self._files("") if _is_temporary(key))
 
+    def remove_unfinished(self, before: float) -> None:
+        for key, path in self._files(""):
+            if _is_temporary(key):
+                with contextlib.suppress(OSError):  # finished in the meantime, or another user's
+                    stat = os.lstat(path)
+                    # A rename changes only the second: a lease that is just being renewed is moved away for a moment.
+                    if max(stat.st_mtime, stat.st_ctime) < before:
+                        Path(path).unlink()
+
     def _files(self, prefix: str) -> Iterator[tuple[str, str]]:
         """Keys and paths of all that is no folder, in the order of the keys. Of each open folder it holds the names."""
         folder, slash, start = prefix.rpartition("/")

@@ -194,6 +194,9 @@ class S3Storage:
         """See `Storage`. None: each object is put by one request, which stores all of it or nothing."""
         return iter(())
 
+    def remove_unfinished(self, before: float) -> None:
+        """See `Storage`. There are none."""
+
     def filesystem(self) -> "tuple[FileSystem, str]":
         """See `Storage`. Raises StorageError when the bucket's region is neither set nor can be asked for."""
         import boto3

@@ -1,0 +1,72 @@
+"""jobs/restore_bucket.py that notes every write of an output, and may be told when to die.
+
+    COUNTED_NOTES=FILE COUNTED_FLUSH_ROWS=200 [COUNTED_DEATH="before 2"] python tests/counted_driver.py --input ...
+
+FILE gets a line with the key as each write begins. The ledger is appended to after so many rows, never by time. With
+COUNTED_DEATH the driver kills itself before or after (as soon as it has returned) the n-th time that this is done.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pyarrow as pa
+
+from jobs import command_line, restore_bucket
+from restore_core.manifest import Ledger, Row
+
+
+def counted(notes: Path) -> type:
+    """RestoreUnit with the notes. Local, so that Ray carries it to its workers, where nothing is patched yet."""
+    path = str(notes)
+
+    class CountedRestoreUnit:
+        def __init__(self, *arguments: Any) -> None:
+            from restore_core import sinks
+            from restore_core.pipelines.restoration import RestoreUnit
+
+            file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            write = sinks.write
+
+            def noted(row: Row, *others: Any) -> None:
+                os.write(file, f"{row.key}\n".encode())
+                write(row, *others)
+
+            sinks.write = noted
+            self.restore = RestoreUnit(*arguments)
+
+        def __call__(self, unit: pa.Table) -> pa.Table:
+            return self.restore(unit)
+
+    return CountedRestoreUnit
+
+
+def die_at_append(moment: str, number: int) -> None:
+    append = Ledger.append
+    calls = 0
+
+    def deadly(self: Ledger, rows: list[Row]) -> None:
+        nonlocal calls
+        calls += 1
+        if moment == "before" and calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        append(self, rows)
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Ledger.append = deadly  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    from restore_core.pipelines import account, restoration
+
+    restoration.RestoreUnit = counted(Path(os.environ["COUNTED_NOTES"]))  # type: ignore[misc]
+    account.FLUSH_ROWS, account.FLUSH_SECONDS = int(os.environ["COUNTED_FLUSH_ROWS"]), float("inf")
+    if "COUNTED_DEATH" in os.environ:
+        its_moment, its_number = os.environ["COUNTED_DEATH"].split()
+        die_at_append(its_moment, int(its_number))
+    sys.exit(command_line.run(restore_bucket.main, restore_bucket.RestoreBucket))

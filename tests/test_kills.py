@@ -1,0 +1,344 @@
+"""Whatever is killed, and whenever: the next run ends with the bytes of an uninterrupted one, and little is done twice.
+
+On tiny photographs, so that what is tested is the account and not the network.
+"""
+
+import hashlib
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from counted_driver import counted
+from photos import encoded, write_tree
+from processes import descendants, marked, wait_for
+
+from jobs import restore_bucket, verify_bucket
+from jobs.restore_bucket import RestoreBucket
+from jobs.verify_bucket import VerifyBucket
+
+pytestmark = pytest.mark.ray
+
+Models = Callable[[int], Path]
+Again = Callable[..., Counter[str]]
+Process = subprocess.Popen[str]
+
+TESTS = Path(__file__).resolve().parent
+GRACE_SECONDS = 120
+"""So long workers may take to end that have lost their driver or their node, on a busy machine."""
+
+
+def bound(actors: int, batch: int, flush_rows: int) -> int:
+    """So many images may be done twice: what the actors have in hand, and one flush of the ledger, in whole units."""
+    return actors * batch + math.ceil(flush_rows / batch) * batch
+
+
+# --- What is on disk -----------------------------------------------------------------------------------------------
+
+
+def images(count: int) -> dict[str, bytes]:
+    """JPEG and PNG in turn; all keys are of one length."""
+    return {
+        f"{index:04d}.{ending}": encoded(index, format=format)
+        for index, (ending, format) in zip(range(count), (("jpg", "JPEG"), ("png", "PNG")) * count, strict=False)
+    }
+
+
+def outputs(output: Path) -> dict[str, bytes]:
+    """What was written beside the ledger and the report, temporary files included."""
+    paths = (path for path in output.rglob("*") if path.is_file() and output / "_restore" not in path.parents)
+    return {str(path.relative_to(output)): path.read_bytes() for path in paths}
+
+
+def ledger(output: Path) -> list[dict[str, str]]:
+    """All rows in the ledger's files; of an unfinished run there may be several of one key."""
+    columns = ["key", "status", "output_key", "output_sha256", "attempt"]
+    files = sorted((output / "_restore/manifest").glob("*.parquet"))
+    return [row for file in files for row in pq.read_table(file, columns=columns).to_pylist()]
+
+
+def keys_of(rows: list[dict[str, str]]) -> set[str]:
+    return {row["key"] for row in rows}
+
+
+def assert_as_uninterrupted(source: Path, output: Path, expected: dict[str, bytes]) -> None:
+    """The same bytes, one row a key that its output hashes to, nothing half-written, and the proof says so too."""
+    written = outputs(output)
+    assert written.keys() == expected.keys()
+    assert [key for key, data in written.items() if data != expected[key]] == []
+    rows = ledger(output)
+    assert sorted(row["key"] for row in rows) == sorted(expected)
+    for row in rows:
+        assert (row["status"], row["output_key"]) == ("restored", row["key"])
+        assert row["output_sha256"] == hashlib.sha256(expected[row["key"]]).hexdigest()
+    assert not list(output.rglob(".restore-*.tmp")) and not (output / "_restore/lease.json").exists()
+    assert verify_bucket.main(VerifyBucket(input=str(source), output=str(output))) == 0
+
+
+class Notes:
+    """The keys of all writes, in the order in which they began; see counted_driver.py."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def count(self, length: int = len("0000.jpg\n")) -> int:
+        return self.path.stat().st_size // length if self.path.exists() else 0
+
+    def keys(self) -> Counter[str]:
+        return Counter(self.path.read_text().splitlines()) if self.path.exists() else Counter()
+
+
+# --- Processes -----------------------------------------------------------------------------------------------------
+
+
+class Started:
+    """Processes with a mark in their environment, by which whatever they leave behind is found and ended."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        # Short, for the sockets; its own, so that no other Ray of this machine is joined by mistake.
+        self._ray = tempfile.TemporaryDirectory(prefix="kills", dir="/tmp", ignore_cleanup_errors=True)
+        self._mark = f"KILLS_TEST={uuid.uuid4().hex}"
+        self._processes: list[Process] = []
+
+    def run(self, script: str, *arguments: object, **environment: str) -> Process:
+        """Its standard output and error are in the folder, as NUMBER.out and NUMBER.err."""
+        name, _, value = self._mark.partition("=")
+        own = {name: value, "RAY_TMPDIR": self._ray.name, "RAY_AUTH_MODE": "disabled", **environment}
+        outer = {key: text for key, text in os.environ.items() if not key.startswith("RAY_")}
+        number = len(self._processes)
+        with (self._folder / f"{number}.out").open("w") as out, (self._folder / f"{number}.err").open("w") as err:
+            process = subprocess.Popen(
+                [sys.executable, TESTS / script, *map(str, arguments)],
+                stdin=subprocess.PIPE, stdout=out, stderr=err, text=True, env={**outer, **own},
+            )  # fmt: skip
+        self._processes.append(process)
+        return process
+
+    def said(self, process: Process, stream: str = "out") -> str:
+        return (self._folder / f"{self._processes.index(process)}.{stream}").read_text()
+
+    def wait_until_gone(self) -> None:
+        """Until no worker is left that could write. Ray's agents, which cannot, outlive their driver by a minute."""
+        wait_for(lambda: not marked(self._mark, "RestoreUnit"), GRACE_SECONDS)
+
+    def end(self) -> None:
+        kill(*marked(self._mark))
+        for process in self._processes:
+            process.communicate()
+        self._ray.cleanup()
+
+
+def kill(*pids: int) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def killed(process: Process) -> bool:
+    """Whether it has ended by SIGKILL. It stays a zombie, since nobody has waited for it."""
+    end = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    return end is not None and (end.si_code, end.si_status) == (os.CLD_KILLED, signal.SIGKILL)
+
+
+@contextmanager
+def started(folder: Path) -> Iterator[Started]:
+    processes = Started(folder)
+    try:
+        yield processes
+    finally:
+        processes.end()
+
+
+# --- Short ones ----------------------------------------------------------------------------------------------------
+
+FEW, FEW_ACTORS, FEW_BATCH, FEW_FLUSH = 100, 2, 4, 20
+
+
+@pytest.fixture(scope="module")
+def again(local_ray: None, small_model: Models, tmp_path_factory: pytest.TempPathFactory) -> Again:
+    """Run the job in this process; exit code 0. Returns the keys that it has written, and how often."""
+    from restore_core.pipelines import restoration
+
+    def restore(source: Path, output: Path, model: Path | None = None, **options: bool) -> Counter[str]:
+        notes = Notes(tmp_path_factory.mktemp("notes") / "notes")
+        job = RestoreBucket(
+            input=str(source), output=str(output), model=str(model or small_model(1)), device="cpu",
+            workers="1", batch_size=FEW_BATCH, **options,
+        )  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(restoration, "RestoreUnit", counted(notes.path))
+            assert restore_bucket.main(job) == 0
+        return notes.keys()
+
+    return restore
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> Path:
+    return write_tree(tmp_path / "in", images(FEW))
+
+
+@pytest.fixture(scope="module")
+def restored(again: Again, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Some more than those, after a run in which nothing happened."""
+    folder = tmp_path_factory.mktemp("restored")
+    assert again(write_tree(folder / "in", images(FEW + 2)), folder / "out") == Counter(images(FEW + 2).keys())
+    return outputs(folder / "out")
+
+
+def start_few(processes: Started, source: Path, output: Path, model: Path, notes: Notes, **settings: str) -> Process:
+    return processes.run(
+        "counted_driver.py", "--input", source, "--output", output, "--model", model,
+        "--workers", FEW_ACTORS, "--batch-size", FEW_BATCH,
+        COUNTED_NOTES=str(notes.path), COUNTED_FLUSH_ROWS=str(FEW_FLUSH), **settings,
+    )  # fmt: skip
+
+
+def test_a_driver_that_is_killed_anywhere(
+    tmp_path: Path, few: Path, small_model: Models, again: Again, restored: dict[str, bytes]
+) -> None:
+    output, notes = tmp_path / "out", Notes(tmp_path / "notes")
+    with started(tmp_path) as processes:
+        driver = start_few(processes, few, output, small_model(1), notes)
+        wait_for(lambda: driver.poll() is not None or notes.count() >= FEW // 2)
+        kill(driver.pid)
+        assert killed(driver), processes.said(driver, "err")
+        recorded = keys_of(ledger(output))
+        for folder in (output, output / "_restore/manifest"):  # as killed writers leave them, now and then
+            (folder / f".restore-{'0' * 32}.tmp").write_bytes(b"half")
+        later = again(few, output)
+        processes.wait_until_gone()
+    assert_as_uninterrupted(few, output, {key: restored[key] for key in images(FEW)})
+    assert later == Counter(images(FEW).keys() - recorded)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_driver_that_is_killed_around_an_append(
+    tmp_path: Path, few: Path, small_model: Models, again: Again, restored: dict[str, bytes], moment: str
+) -> None:
+    """Before it: the outputs are written, and no row says so. Just after it: they are recorded, and nobody knows."""
+    output, notes = tmp_path / "out", Notes(tmp_path / "notes")
+    with started(tmp_path) as processes:
+        driver = start_few(processes, few, output, small_model(1), notes, COUNTED_DEATH=f"{moment} 2")
+        assert killed(driver), processes.said(driver, "err")
+        recorded = keys_of(ledger(output))
+        assert len(recorded) == FEW_FLUSH * (1 if moment == "before" else 2)  # in whole units
+        written = outputs(output).keys()
+        assert recorded <= written
+        if moment == "before":
+            assert len(written - recorded) >= FEW_FLUSH
+        expected, changed = {key: restored[key] for key in images(FEW)}, set()
+        if moment == "after":  # and before the next run two objects change of which there is a row
+            for key, other in zip(sorted(recorded)[:2], sorted(restored)[FEW:], strict=True):
+                (few / key).write_bytes(images(FEW + 2)[other])
+                expected[key] = restored[other]
+                changed.add(key)
+        assert again(few, output) == Counter(images(FEW).keys() - (recorded - changed))
+        processes.wait_until_gone()
+    assert_as_uninterrupted(few, output, expected)
+    if moment == "after":
+        everything = Counter(images(FEW).keys())
+        assert again(few, output) == Counter()
+        assert again(few, output, strip_metadata=True) == everything
+        assert again(few, output, small_model(2), strip_metadata=True) == everything
+        assert Counter(row["attempt"] for row in ledger(output)) == {3: FEW - len(changed), 4: len(changed)}
+
+
+# --- All victims, everywhere ---------------------------------------------------------------------------------------
+
+MANY, BATCH, FLUSH = 2000, 16, 200
+PLACES = (10, 50, 90, 99, None)
+VICTIMS = ("actor", "node", "driver", "head")
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tree(tmp_path_factory.mktemp("many") / "in", images(MANY))
+
+
+def start_many(
+    processes: Started, source: Path, output: Path, model: Path, actors: int, notes: Notes, **settings: str
+) -> Process:
+    return processes.run(
+        "counted_driver.py", "--input", source, "--output", output, "--model", model,
+        "--workers", actors, "--batch-size", BATCH,
+        COUNTED_NOTES=str(notes.path), COUNTED_FLUSH_ROWS=str(FLUSH), **settings,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(many: Path, small_model: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with started(folder) as processes:
+        driver = start_many(processes, many, folder / "out", small_model(1), 2, Notes(folder / "notes"))
+        assert driver.wait(600) == 0, processes.said(driver, "err")
+    assert Notes(folder / "notes").keys() == Counter(images(MANY).keys())
+    return outputs(folder / "out")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place}%" if place else "random")
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_nothing_is_lost_or_doubled(
+    tmp_path: Path, many: Path, uninterrupted: dict[str, bytes], small_model: Models, victim: str, place: int | None
+) -> None:
+    seed = 100 * VICTIMS.index(victim) + PLACES.index(place)
+    chance = random.Random(seed)
+    actors = 3 if victim in ("node", "head") else 2
+    at = round((place or chance.uniform(1, 99)) / 100 * MANY)
+    output, first, second = tmp_path / "out", Notes(tmp_path / "first"), Notes(tmp_path / "second")
+    with started(tmp_path) as processes:
+        cluster, raylets, settings = None, [], {}
+        if victim in ("node", "head"):
+            cluster = processes.run("three_nodes.py")
+            wait_for(lambda: cluster.poll() is not None or processes.said(cluster).endswith("\n"), 60)
+            found = json.loads(processes.said(cluster))
+            raylets, settings = found["raylets"], {"RAY_ADDRESS": found["address"]}
+        driver = start_many(processes, many, output, small_model(1), actors, first, **settings)
+        wait_for(lambda: driver.poll() is not None or first.count() >= at)
+        if victim == "actor":
+            targets = [chance.choice(sorted(descendants(driver.pid, "RestoreUnit")))]
+        elif victim == "node":
+            node = chance.choice([pid for pid in raylets[1:] if descendants(pid, "RestoreUnit")])
+            targets = [node, *descendants(node, "")]
+        elif victim == "driver":
+            targets = [driver.pid]
+        else:
+            assert cluster is not None
+            targets = [driver.pid, cluster.pid, *descendants(driver.pid, ""), *descendants(cluster.pid, "")]
+        assert driver.poll() is None, "it was done already: " + processes.said(driver, "err")
+        kill(*targets)
+        killed_at = first.count()
+        if driver.pid in targets:  # which stays a zombie: its lease must count as a dead one's
+            assert killed(driver)
+        else:
+            assert driver.wait(600) == 0, processes.said(driver, "err")
+        recorded = keys_of(ledger(output))
+        next_driver = start_many(processes, many, output, small_model(1), 2, second)
+        assert next_driver.wait(600) == 0, processes.said(next_driver, "err")
+        if cluster is not None:
+            assert cluster.stdin is not None
+            cluster.stdin.close()
+        processes.wait_until_gone()
+    assert_as_uninterrupted(many, output, uninterrupted)
+    later = second.keys()
+    assert not recorded & later.keys(), "what was recorded was done again"
+    writes = first.keys() + later
+    assert writes.keys() == uninterrupted.keys()
+    twice = sum(writes.values()) - MANY
+    allowed = bound(actors, BATCH, FLUSH)
+    print(f"{victim} {place}: seed {seed}, {actors} actors, killed at {killed_at}, {len(recorded)} recorded, ", end="")
+    print(f"{later.total()} by the next run, {twice} done again, at most {max(writes.values())} times; bound {allowed}")
+    assert twice <= allowed

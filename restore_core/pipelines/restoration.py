@@ -254,16 +254,18 @@ def _restore(
         listing, ledger, begun, output, model.sha256, options.identity(), options.retry, account, overview, run_id
     )
     started = time.perf_counter()
-    stopped = None
+    stopped, max_pixels = None, options.max_pixels
     try:
         for wave in work.waves():
             logger.info("%d objects listed, %d of them left to do", account.listed, account.total)
+            run, actors = _plan(input, output, model, options)
+            max_pixels = run.max_pixels
             # Before their outputs are overwritten: were the driver killed between that and the new row, and the next
             # run told the options of the old one, the old row would be believed.
             now = datetime.now(UTC)
             if again := [replace(wave.rows[key], finished_at=now) for key in wave.old]:
                 begun.append(again)
-            _restore_wave(wave, input, output, model, options, account)
+            _restore_wave(wave, run, actors, options, account)
             del wave  # before the next one is made
     except TooManyFailures as verdict:
         stopped = str(verdict)
@@ -286,7 +288,7 @@ def _restore(
         "run_id": run_id,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
-        "options": {**asdict(options), "retry": sorted(options.retry.classes)},
+        "options": {**asdict(options), "max_pixels": max_pixels, "retry": sorted(options.retry.classes)},
         "model": {"name": model.name, "sha256": model.sha256},
         "versions": provenance.versions(),
         "listed": account.listed,
@@ -438,9 +440,8 @@ def _actors(options: RestoreOptions) -> tuple[str, int]:
     return device, actors
 
 
-def _restore_wave(
-    wave: _Wave, input: Storage, output: Storage, model: ModelFolder, options: RestoreOptions, account: Account
-) -> None:
+def _plan(input: Storage, output: Storage, model: ModelFolder, options: RestoreOptions) -> tuple[RestoreRun, int]:
+    """What the workers are told, and how many there are, on the cluster as it is now."""
     device, actors = _actors(options)
     cpus, _ = cluster.resources()
     run = RestoreRun(
@@ -456,6 +457,10 @@ def _restore_wave(
         self_ensemble=options.self_ensemble,
         max_change=options.max_change,
     )
+    return run, actors
+
+
+def _restore_wave(wave: _Wave, run: RestoreRun, actors: int, options: RestoreOptions, account: Account) -> None:
     account.done.clear()
     context = ray.data.DataContext.get_current()
     allowed, context.max_errored_blocks = context.max_errored_blocks, -1
@@ -471,8 +476,8 @@ def _restore_wave(
                 run,
                 actors=min(actors, len(units)),
                 batch_size=options.batch_size,
-                separate=device == "cuda" and wave.groups is None,
-                gpus=1 if device == "cuda" else 0,
+                separate=run.device == "cuda" and wave.groups is None,
+                gpus=1 if run.device == "cuda" else 0,
                 alone=alone,
             )
             account.follow(dataset)

@@ -39,8 +39,9 @@ from restore_core.storage import Object, Storage
 logger = logging.getLogger(__name__)
 
 WAVE_OBJECTS, WAVE_SECONDS = 100_000, 2.0
-"""So much of the listing is handed to Ray at once, or what came in that time: the work begins with the first pages, and
-memory does not grow with the listing. Between waves workers start anew, a few seconds."""
+"""So much of the listing is handed to Ray at once, or what came in that time, of which each wave has twice the former's:
+the work begins with the first pages, and memory does not grow with the listing. Between waves workers start anew, a few
+seconds."""
 IO_THREADS = 8
 """Objects fetched, decoded, encoded and written at once in each actor."""
 LEASE_FILE = f"{manifest.FOLDER}/lease.json"
@@ -365,8 +366,8 @@ class _Work:
         )  # fmt: skip
 
     def _of_objects(self) -> Iterator[_Wave]:
-        wave = _Wave({}, set(), None)
-        end = time.monotonic() + WAVE_SECONDS
+        wave, seconds = _Wave({}, set(), None), WAVE_SECONDS
+        end = time.monotonic() + seconds
         for found in self._found(self.listing):
             self.account.listed += 1
             if found.attempt is None:
@@ -376,8 +377,8 @@ class _Work:
             self._add(wave, found.item, found.attempt, old=found.row is not None)
             if len(wave.rows) == WAVE_OBJECTS or time.monotonic() > end:
                 yield wave
-                wave = _Wave({}, set(), None)
-                end = time.monotonic() + WAVE_SECONDS
+                wave, seconds = _Wave({}, set(), None), 2 * seconds
+                end = time.monotonic() + seconds
         self.account.complete = True
         if wave.rows:
             yield wave

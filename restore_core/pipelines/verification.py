@@ -30,7 +30,7 @@ MEANING: dict[Finding, str] = {
     "unreadable": "the output cannot be read: check its permissions",
     "extra": "in the output, but no row of the ledger names it: left by an interrupted restore, of an input whose "
     "newer version failed, or somebody else's",
-    "temporary": "an unfinished write of an interrupted restore: delete it",
+    "temporary": "an unfinished write of an interrupted restore: run the restore again, which removes it",
 }
 """What is wrong with an object, and what to do."""
 

@@ -39,7 +39,7 @@ from restore_core.storage import Object, Storage
 logger = logging.getLogger(__name__)
 
 WAVE_OBJECTS, WAVE_SECONDS = 100_000, 2.0
-"""So much of the listing is handed to Ray at once, or what came in that time, of which each wave has twice the former's:
+"""So much of the listing is handed to Ray at once, or what came in that time, twice as long for each wave than before:
 the work begins with the first pages, and memory does not grow with the listing. Between waves workers start anew, a few
 seconds."""
 IO_THREADS = 8

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from processes import descendants, marked, wait_for
 from jobs import restore_bucket, verify_bucket
 from jobs.restore_bucket import RestoreBucket
 from jobs.verify_bucket import VerifyBucket
+from restore_core.manifest import Ledger, Row
 
 pytestmark = pytest.mark.ray
 
@@ -254,6 +256,35 @@ def test_a_driver_that_is_killed_around_an_append(
         assert again(few, output, strip_metadata=True) == everything
         assert again(few, output, small_model(2), strip_metadata=True) == everything
         assert Counter(row["attempt"] for row in ledger(output)) == {3: FEW - len(changed), 4: len(changed)}
+
+
+def test_while_the_ledger_is_written_nothing_new_begins(
+    tmp_path: Path, few: Path, small_model: Models, local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long that takes: what is written meanwhile would be done again if the driver were killed."""
+    from restore_core.pipelines import account
+
+    monkeypatch.setattr(account, "FLUSH_ROWS", FEW_FLUSH)
+    output, recorded = tmp_path / "out", 0
+    unrecorded = []
+    append = Ledger.append
+
+    def slow(self: Ledger, rows: list[Row]) -> None:
+        nonlocal recorded
+        append(self, rows)
+        recorded += len(rows)
+        time.sleep(4)
+        unrecorded.append(len(outputs(output)) - recorded)
+
+    monkeypatch.setattr(Ledger, "append", slow)
+    job = RestoreBucket(
+        input=str(few), output=str(output), model=str(small_model(1)), device="cpu", workers=str(FEW_ACTORS),
+        batch_size=FEW_BATCH,
+    )  # fmt: skip
+    assert restore_bucket.main(job) == 0
+    assert len(unrecorded) > 2 and recorded == FEW
+    # What each actor has in hand and waiting, and as much that had come back already.
+    assert max(unrecorded) <= 2 * (FEW_ACTORS * 2 * FEW_BATCH) < FEW - FEW_FLUSH, unrecorded
 
 
 # --- All victims, everywhere ---------------------------------------------------------------------------------------

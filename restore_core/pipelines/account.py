@@ -1,9 +1,11 @@
 """Rows as they come from the actors: into the ledger in time, onto the terminal in short, and a verdict on the run."""
 
 import logging
+import threading
 import time
 
 import ray.data
+from ray.data._internal.execution import backpressure_policy
 
 from restore_core import manifest
 from restore_core.lease import Lease
@@ -22,6 +24,24 @@ DENIED_ROWS = 100
 
 class TooManyFailures(Exception):
     pass
+
+
+_writing = threading.Event()
+"""Set while the driver writes rows down."""
+
+
+class WaitForLedger(backpressure_policy.BackpressurePolicy):  # type: ignore[misc]
+    """Nothing new goes to the actors while rows are written down: were the driver killed then, it would be done again.
+
+    Asked by Ray Data's scheduler, in the driver. A ledger on S3 may take minutes when the network is in trouble.
+    """
+
+    def can_add_input(self, op: object) -> bool:
+        return not _writing.is_set()
+
+
+BACKPRESSURE = [*backpressure_policy.ENABLED_BACKPRESSURE_POLICIES, WaitForLedger]
+BACKPRESSURE_KEY = backpressure_policy.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY
 
 
 class Account:
@@ -76,7 +96,11 @@ class Account:
 
     def flush(self) -> None:
         if self._waiting:
-            self._ledger.append(self._waiting)
+            _writing.set()
+            try:
+                self._ledger.append(self._waiting)
+            finally:
+                _writing.clear()
         self._waiting = []
         self._flushed = time.monotonic()
 

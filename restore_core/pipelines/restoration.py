@@ -31,7 +31,7 @@ from restore_core.inference import check_repair
 from restore_core.lease import Lease
 from restore_core.manifest import Found, Ledger, Overview, Retry, Row
 from restore_core.pipelines import cluster, stages
-from restore_core.pipelines.account import Account, TooManyFailures
+from restore_core.pipelines.account import BACKPRESSURE, BACKPRESSURE_KEY, Account, TooManyFailures
 from restore_core.pipelines.listing import Input, RowGroup, RowGroups, list_input, object_units, row_group_unit
 from restore_core.pipelines.stages import RestoreRun
 from restore_core.storage import Object, Storage
@@ -206,7 +206,8 @@ def build_dataset(
     }
     held = {**robust, "fn_constructor_args": (shared,), "num_cpus": 1}
     dataset = ray.data.from_arrow(units)
-    pool = ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1 if alone else None)
+    # One is worked on and one waits, so that no actor does.
+    pool = ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1 if alone else 2)
     with warnings.catch_warnings():
         # max_task_retries has no other way in yet; without it a poisoned unit would be tried for ever.
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", DeprecationWarning)
@@ -465,6 +466,7 @@ def _restore_wave(wave: _Wave, run: RestoreRun, actors: int, options: RestoreOpt
     account.done.clear()
     context = ray.data.DataContext.get_current()
     allowed, context.max_errored_blocks = context.max_errored_blocks, -1
+    context.set_config(BACKPRESSURE_KEY, BACKPRESSURE)
     try:
         # What is missing after the first pass was beside something that killed its actor; in the second it is alone.
         for alone in (False, True):
@@ -489,6 +491,7 @@ def _restore_wave(wave: _Wave, run: RestoreRun, actors: int, options: RestoreOpt
             account.add([row])
     finally:
         context.max_errored_blocks = allowed
+        context.remove_config(BACKPRESSURE_KEY)
         account.flush()
 
 

@@ -1,7 +1,7 @@
 """Blocks in the structure of TIFF, of which EXIF is one: read, and appended to so that all offsets stay true."""
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -146,6 +146,13 @@ def pages(tiff: bytes) -> list[bytes]:
     return found
 
 
+def with_tags(tiff: bytes, tags: Collection[int]) -> bytes:
+    """The first page of a TIFF file with some of its tags alone, and its compressed pixels. Raises as `pages`."""
+    page = bytearray(tiff[:4] + bytes(4))
+    struct.pack_into(_order(tiff) + "I", page, 4, _copy_page(tiff, first_ifd(tiff), page, tags))
+    return bytes(page)
+
+
 def joined(pages: list[bytes]) -> bytes:
     """Put files of one page and the same byte order together into one. Raises ValueError, struct.error."""
     tiff, link = bytearray(pages[0][:4] + bytes(4)), 4
@@ -156,9 +163,9 @@ def joined(pages: list[bytes]) -> bytes:
     return bytes(tiff)
 
 
-def _copy_page(source: bytes, at: int, tiff: bytearray) -> int:
-    """Append a directory with all that it points to; return its offset."""
-    entries = {entry.tag: entry for entry in read_ifd(source, at)[0]}
+def _copy_page(source: bytes, at: int, tiff: bytearray, tags: Collection[int] | None = None) -> int:
+    """Append a directory, or some of its tags, with all that it points to; return its offset."""
+    entries = {entry.tag: entry for entry in read_ifd(source, at)[0] if tags is None or entry.tag in tags}
     if 513 in entries:
         raise ValueError("its pixels are old-style JPEG")
     for place, size in _PIXEL_PLACES:

@@ -353,7 +353,8 @@ def test_stripping_keeps_profile_and_orientation(name: str, orientation: int) ->
 
 @pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize(("name", "options"), [("JPEG", {"comment": b"Ann at home", "quality": 70}), ("PNG", {}),
-                         ("WEBP", {"quality": 60}), ("WEBP", {"lossless": True}), ("TIFF", {})], ids=str)  # fmt: skip
+                         ("WEBP", {"quality": 60}), ("WEBP", {"lossless": True}), ("TIFF", {}),
+                         ("AVIF", {"quality": 60})], ids=str)  # fmt: skip
 def test_metadata_goes_without_a_change_to_the_pixels(name: str, options: dict[str, object], orientation: int) -> None:
     xmp = {} if name == "TIFF" else xmp_for(name)
     source = image_of(name, "RGB", exif=exif_of_a_camera(orientation), icc_profile=ICC, **xmp, **options)
@@ -523,6 +524,11 @@ def test_tiff_tags_are_kept_at_every_compression(compression: str, prefix: bytes
     stripped = Image.open(io.BytesIO(restored(source, strip_metadata=True)))
     assert stripped.getexif()[274] == 6 and stripped.info["icc_profile"] == ICC and stripped.info["dpi"] == (300, 300)
     assert not {271, 305, 700, 34665, 34853, 65001} & set(stripped.getexif())
+    bare = Image.open(io.BytesIO(without_metadata(source, picture=picture)))
+    assert bare.getexif()[274] == 6 and bare.info["icc_profile"] == ICC and bare.info["dpi"] == (300, 300)
+    assert not {271, 305, 700, 34665, 34853, 65001} & set(bare.getexif())
+    assert bare.info["compression"] == compression
+    assert np.array_equal(np.asarray(bare), np.asarray(Image.open(io.BytesIO(source))))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -287,6 +287,49 @@ def test_avif_of_every_orientation_is_shown_the_same_way_up(orientation: int) ->
     assert shown[0].shape == shown[1].shape and difference(*shown) <= 8
 
 
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_metadata_of_avif_is_taken_out_in_place(frames: int, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[271], exif[274] = "A camera of Ann", orientation
+    pictures = [Image.fromarray(np.roll(smooth(), index, 0)) for index in range(frames)]
+    options = {"save_all": True, "append_images": pictures[1:]} if frames > 1 else {}
+    if frames > 1:
+        del exif[274]  # Pillow 13.0.0 crashes on an animation with it
+    source = saved(pictures[0], "AVIF", exif=exif.tobytes(), xmp=b"<x>Ann</x>", icc_profile=ICC, **options)
+    picture = decode(source, frames="first")
+    after = without_metadata(source, picture=picture)
+    assert len(after) == len(source) and source.count(b"Ann") >= 2 and b"Ann" not in after
+    image, before = opened(after), opened(source)
+    assert not image.info.get("xmp") and image.info["icc_profile"] == ICC
+    assert dict(image.getexif()) == ({} if picture.orientation in (None, 1) else {274: orientation})
+    for frame in range(frames):
+        image.seek(frame)
+        before.seek(frame)
+        assert np.array_equal(np.asarray(image), np.asarray(before))
+
+
+@pytest.mark.parametrize("place", range(12, 400, 7))
+def test_broken_avif_is_left_or_told(place: int) -> None:
+    source = saved(Image.fromarray(smooth()), "AVIF", exif=b"Exif\0\0II*\0\x08\0\0\0" + bytes(6), xmp=b"<x>Ann</x>")
+    broken = bytearray(source)
+    broken[place] ^= 0x55
+    picture = decode(source)
+    try:
+        assert len(without_metadata(bytes(broken), picture=picture)) == len(source)
+    except ItemError as error:
+        assert error.error == "encode" and "metadata of this AVIF cannot be taken out" in error.message
+
+
+def test_metadata_of_a_tiff_with_a_palette_is_taken_out() -> None:
+    source = saved(palette_image(200), "TIFF", tiffinfo={271: "A camera of Ann", 315: "Ann"}, compression="tiff_lzw")
+    after = without_metadata(source, picture=decode(source))
+    assert b"Ann" in source and b"Ann" not in after and opened(after).mode == "P"
+    assert opened(after).info["compression"] == "tiff_lzw"
+    assert np.array_equal(np.asarray(opened(after)), np.asarray(opened(source)))
+    assert opened(after).getpalette() == opened(source).getpalette()
+
+
 def test_avif_keeps_alpha_as_it_is() -> None:
     source = saved(Image.fromarray(np.dstack([smooth(), alpha()])), "AVIF", quality=90)
     before, after = opened(source), opened(changed(source))

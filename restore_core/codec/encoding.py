@@ -3,7 +3,7 @@
 import io
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +12,7 @@ from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 from PIL.TiffImagePlugin import TiffImageFile
 
 from restore_core import exif
-from restore_core.codec import colour, jpeg2000
+from restore_core.codec import avif, colour, jpeg2000
 from restore_core.codec.colour import Native, Pixels
 from restore_core.codec.decoding import BROKEN_FILE, DEFAULT_MAX_PIXELS, Picture, decode, one_line, open_header
 from restore_core.codec.frames import alphas, animation_options
@@ -92,7 +92,7 @@ def without_metadata(source: bytes, *, picture: Picture) -> bytes:
     """The file without EXIF, XMP, IPTC and texts, and with the very same pixels.
 
     The ICC profile stays, and so does an orientation that is not 1. The compressed data is copied where that can be.
-    Raises ItemError `encode`, also for AVIF.
+    Raises ItemError `encode`.
     """
     block = exif.stripped(picture.orientation)
     match picture.format:
@@ -107,16 +107,21 @@ def without_metadata(source: bytes, *, picture: Picture) -> bytes:
         case "JPEG2000":
             return jpeg2000.with_codestream(source, jpeg2000.codestream(source), strip_metadata=True)
         case "AVIF":
-            raise ItemError(
-                "encode", "metadata of an undamaged AVIF cannot be taken out without loss; convert it first"
-            )
-        case "TIFF" if picture.mode == "P":
-            raise ItemError(
-                "encode", "metadata of an undamaged TIFF with a palette cannot be taken out; convert it first"
-            )
+            return _unless_broken("AVIF", lambda: avif.without_metadata(source, block))
+        case "TIFF":
+            return _unless_broken("TIFF", lambda: exif.with_tags(source, _TIFF_IMAGE))
         case "BMP":
             return source  # it holds none
-    return encode(picture.pixels, source, picture=picture, software="", strip_metadata=True)  # lossless formats
+    raise AssertionError(picture.format)
+
+
+def _unless_broken(format: str, strip: Callable[[], bytes]) -> bytes:
+    try:
+        return strip()
+    except (ValueError, KeyError, IndexError, struct.error) as error:
+        raise ItemError(
+            "encode", one_line(f"the metadata of this {format} cannot be taken out ({error}); convert it first")
+        ) from error
 
 
 def join(
@@ -425,6 +430,8 @@ _TIFF_LAYOUT = {
     *range(338, 348), *range(512, 522), *range(529, 533), 34675,
 }  # fmt: skip
 _TIFF_RESOLUTION = (282, 283, 296)
+_TIFF_IMAGE = _TIFF_LAYOUT - {330} | {*_TIFF_RESOLUTION, exif.ORIENTATION}
+"""What a page needs to be read; 330 are other pictures."""
 
 
 def _encode_tiff(

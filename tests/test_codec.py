@@ -369,6 +369,20 @@ def test_metadata_goes_without_a_change_to_the_pixels(name: str, options: dict[s
     assert b"GPS" not in after and b"Ann at home" not in after
 
 
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}], ids=str)
+def test_nothing_follows_a_jpeg_without_metadata(options: dict[str, object]) -> None:
+    """Other pictures (MPO) and what cameras append have metadata of their own."""
+    source = image_of("JPEG", "RGB", **options)
+    picture = decode(source)
+    assert without_metadata(source + b"a film with Ann", picture=picture) == source
+    others = [Image.fromarray(random_pixels(7, 11, 3)) for _ in range(2)]
+    several = file_of(others[0], "MPO", save_all=True, append_images=others[1:], exif=exif_of_a_camera(6))
+    first = decode(several, frames="first")
+    bare = without_metadata(several, picture=first)
+    assert np.array_equal(decode(bare).pixels, first.pixels) and decode(bare).orientation == 6
+    assert bare.count(b"\xff\xd8\xff") == 1 and b"GPS" not in bare and b"Camera" not in bare
+
+
 def test_metadata_of_a_bare_photograph_is_nothing_to_take_away() -> None:
     for name in ("JPEG", "WEBP", "BMP"):
         source = image_of(name, "RGB")

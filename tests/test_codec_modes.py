@@ -239,6 +239,16 @@ def test_alpha_of_a_palette_is_untouched(levels: int) -> None:
     assert np.abs(np.asarray(after.convert("RGBA"))[..., :3].astype(int) - decode(source).pixels)[seen].mean() < 12
 
 
+@pytest.mark.parametrize("size", [(1, 1), (60, 40)])
+def test_a_grey_gif_without_a_palette_stays_so(size: tuple[int, int]) -> None:
+    source = saved(Image.fromarray(smooth()).convert("L").resize(size), "GIF", optimize=False)
+    source = source[:10] + bytes([source[10] & 0x70]) + source[11:13] + source[13 + 768 :]
+    picture = decode(source)
+    after = opened(encode(255 - picture.pixels, source, picture=picture, software=SOFTWARE))
+    assert opened(source).mode == after.mode == "L"
+    assert difference(np.asarray(after), 255 - np.asarray(opened(source))) <= 1
+
+
 def test_a_transparent_gif_stays_transparent() -> None:
     image = palette_image(200)
     index = np.asarray(image).copy()

@@ -1,6 +1,7 @@
 """Pixels -> encoded files: the source's own format, compression and metadata."""
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -96,7 +97,7 @@ def without_metadata(source: bytes, *, picture: Picture) -> bytes:
     """
     block = exif.stripped(picture.orientation)
     match picture.format:
-        case "JPEG":
+        case "JPEG" | "MPO":
             return _strip_jpeg(source, block)
         case "WEBP":
             return _strip_webp(source, block)
@@ -205,8 +206,9 @@ def _gif_frame(image: Image.Image) -> Image.Image:
 
 
 def _strip_jpeg(source: bytes, block: bytes) -> bytes:
+    """Without what follows the picture, such as others with metadata of their own (MPO)."""
     kept, at = [source[:2]], 2
-    while at + 4 <= len(source) and source[at + 1] != 0xDA:  # start of scan: the rest is pixels
+    while at + 4 <= len(source) and source[at + 1] != 0xD9:  # end of image
         if source[at] != 0xFF:
             raise ItemError("encode", "its metadata cannot be taken out: the segments are damaged")
         if source[at + 1] == 0xFF:  # a filling byte
@@ -214,13 +216,16 @@ def _strip_jpeg(source: bytes, block: bytes) -> bytes:
             continue
         end = at + 2 + int.from_bytes(source[at + 2 : at + 4], "big")
         body = source[at + 4 : end]
+        if source[at + 1] == 0xDA:  # start of scan: coded pixels follow, up to the next marker
+            marker = _JPEG_MARKER.search(source, end)
+            end = marker.start() if marker else len(source)
         is_application = 0xE0 <= source[at + 1] <= 0xEF
         if not (is_application or source[at + 1] == 0xFE) or body.startswith((b"JFIF\0", b"ICC_PROFILE\0", b"Adobe")):
             kept.append(source[at:end])
         at = end
     if block:
         kept.insert(1, struct.pack(">BBH", 0xFF, 0xE1, len(block) + 8) + b"Exif\0\0" + block)
-    return b"".join([*kept, source[at:]])
+    return b"".join([*kept, source[at : at + 2]])
 
 
 def _strip_webp(source: bytes, block: bytes) -> bytes:
@@ -423,6 +428,8 @@ def _png_chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
         at += size + 12
 
 
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+"""That is no part of coded pixels (escaped bytes, restarts)."""
 _TIFF_LOSSLESS = ("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "lzma", "zstd")
 # Tags that describe how pixels are laid out in the file: Pillow's, not the source's, are true after encoding.
 _TIFF_LAYOUT = {
@@ -494,8 +501,18 @@ def _avif_options(image: Image.Image, original: ImageFile.ImageFile, block: byte
 
 
 def _encode_gif(pixels: Pixels, picture: Picture, original: ImageFile.ImageFile, strip: bool) -> bytes:
-    image = _with_gif_palette(pixels, picture.alpha)
-    return _saved(image, "GIF", interlace=bool(original.info.get("interlace")), **_gif_comment(original, strip))
+    options = {"interlace": bool(original.info.get("interlace")), **_gif_comment(original, strip)}
+    if picture.mode == "L" and picture.alpha is None:
+        return _without_gif_palette(_saved(_image(pixels, picture), "GIF", optimize=False, **options))
+    return _saved(_with_gif_palette(pixels, picture.alpha), "GIF", **options)
+
+
+def _without_gif_palette(source: bytes) -> bytes:
+    """A GIF of grey tones in their order, as one without a palette is read; Pillow always writes a palette."""
+    tones = bytes(tone for tone in range(256) for _ in range(3))
+    if source[13 : 13 + len(tones)] != tones:
+        return source
+    return source[:10] + bytes([source[10] & 0x70]) + source[11:13] + source[13 + len(tones) :]
 
 
 def _with_gif_palette(pixels: Pixels, alpha: Pixels | None) -> Image.Image:

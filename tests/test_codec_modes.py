@@ -239,6 +239,19 @@ def test_alpha_of_a_palette_is_untouched(levels: int) -> None:
     assert np.abs(np.asarray(after.convert("RGBA"))[..., :3].astype(int) - decode(source).pixels)[seen].mean() < 12
 
 
+@pytest.mark.parametrize("colours", [1, 2, 3, 9])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_png_with_a_palette_keeps_its_bits_whatever_becomes_of_its_colours(bits: int, colours: int) -> None:
+    source = saved(palette_image(2**bits), "PNG", bits=bits)
+    picture = decode(source)
+    tones = (np.arange(picture.width) * colours // picture.width * 25)[np.newaxis, :, np.newaxis]
+    pixels = np.broadcast_to(tones, picture.pixels.shape).astype(np.uint8)
+    after = encode(pixels, source, picture=picture, software=SOFTWARE)
+    assert after[24:26] == source[24:26] == bytes([bits, 3])
+    assert opened(after).mode == "P"
+    assert difference(decode(after).pixels, pixels) <= (1 if colours <= 2**bits else 255)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (60, 40)])
 def test_a_grey_gif_without_a_palette_stays_so(size: tuple[int, int]) -> None:
     source = saved(Image.fromarray(smooth()).convert("L").resize(size), "GIF", optimize=False)

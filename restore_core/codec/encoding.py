@@ -344,6 +344,9 @@ def _encode_png(
     if picture.mode == "P":
         depth = source[24]
         image, alphas = colour.with_palette(pixels, picture.alpha, 2**depth)
+        palette = image.getpalette() or []
+        # Pillow takes fewer bits a pixel where the palette has few colours: the last one again until it does not.
+        image.putpalette(palette + palette[-3:] * (_PNG_COLOURS[depth] - len(palette) // 3))
         png = _saved(image, "PNG", compress_level=1, bits=depth, **({"transparency": alphas} if alphas else {}))
     elif _has_deep_colour(picture):
         png = _deep_png(_native(pixels, picture))
@@ -428,6 +431,8 @@ def _png_chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
         at += size + 12
 
 
+_PNG_COLOURS = {2: 3, 4: 5, 8: 17}
+"""By bits a pixel: fewer fit into less."""
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 """That is no part of coded pixels (escaped bytes, restarts)."""
 _TIFF_LOSSLESS = ("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "lzma", "zstd")

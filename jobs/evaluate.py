@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs import command_line
 from restore_core.baselines import Name, named
-from restore_core.config import require
+from restore_core.config import Precision, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,8 @@ class Evaluate:
     """Processes: a number, or auto for every GPU of the cluster, else every CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes GPUs where the cluster has some."""
+    precision: Precision = "auto"
+    """Of the models' arithmetic: float32 or bfloat16; auto is the former on CPUs and the latter on GPUs."""
 
     def __post_init__(self) -> None:
         require(self.images >= 1, "images", self.images, "use 1 or more")
@@ -75,6 +77,7 @@ def main(job: Evaluate) -> int:
         damages=job.damages or tuple(STANDARD),
         sizes=job.sizes,
         device=cluster.pick_device(job.device),
+        precision=job.precision,
     )
     rows, worst = evaluation.evaluate(
         plan, data, split=job.split, images=job.images, workers=command_line.worker_count(job.workers)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from restore_core import checkpoint, memory, tiles
 from restore_core.checkpoint import ModelFolder
-from restore_core.config import KINDS, Kind, ResidualUNetConfig, require
+from restore_core.config import KINDS, Kind, Precision, ResidualUNetConfig, require
 from restore_core.diagnosis import (
     CONTEXT,
     UNDAMAGED_GRAY,
@@ -112,9 +112,10 @@ class Restorer:
 
     Args:
         folder: weights and architecture.
-        device: on CUDA it computes in bfloat16 autocast, on the CPU in float32.
+        device: where the network is.
         repair: the kinds of damage to repair; what the others did stays as it is.
         self_ensemble: average over the image and its mirror image; twice the work.
+        precision: bfloat16 by autocast, or float32; auto is the former on CUDA and the latter on the CPU.
 
     Raises UsageError for a choice of `repair` that the network cannot keep apart.
     """
@@ -126,11 +127,13 @@ class Restorer:
         *,
         repair: Collection[Kind] = KINDS,
         self_ensemble: bool = False,
+        precision: Precision = "auto",
     ) -> None:
         check_repair(folder, repair)
         self.folder = folder
         self.repair = repair
         self.self_ensemble = self_ensemble
+        self.precision = precision
         self.device = torch.device(device)
         self.networks: dict[torch.device, nn.Module] = {}
         self.network(self.device)
@@ -252,7 +255,8 @@ class Restorer:
 
     def _forward(self, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
         x = (batch.float() / 255).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        fast = device.type == "cuda" if self.precision == "auto" else self.precision == "bfloat16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=fast):
             prediction = self.network(device)(x)
         survival = prediction.survival
         return prediction.image.float(), None if survival is None else survival.float()

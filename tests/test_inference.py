@@ -143,6 +143,22 @@ def test_a_tile_fades_into_the_next_over_the_middle_of_what_they_share() -> None
     np.testing.assert_allclose(levels[46:50, 46:50], np.einsum("ay,bx,ab->yx", both, both, corner), atol=0.51)
 
 
+def test_in_bfloat16_little_is_another() -> None:
+    """With the bundled model, clean, noisy and grey: other values, by a few of 255, and the same verdicts."""
+    clean = photograph(96, 96)
+    noise = np.random.default_rng(0).normal(0, 25, clean.shape)
+    images = [clean, (clean + noise).round().clip(0, 255).astype(np.uint8), np.repeat(clean[:, :, :1], 3, axis=2)]
+    folder = checkpoint.read("faces-fast")
+    exact, fast = (Restorer(folder, precision=precision)(images) for precision in ("float32", "bfloat16"))
+    default = Restorer(folder)(images)
+    for one, other, same in zip(exact, fast, default, strict=True):
+        np.testing.assert_array_equal(one.pixels, same.pixels)
+        distance = np.abs(one.pixels.astype(int) - other.pixels)
+        assert 0 < distance.mean() < 0.5 and distance.max() <= 12
+        assert one.undamaged() == other.undamaged()
+        assert other.sigma == pytest.approx(one.sigma, abs=0.5) and other.gray == pytest.approx(one.gray, abs=0.05)
+
+
 def test_weights_that_are_not_numbers_are_noticed(tmp_path: Path) -> None:
     restorer = Restorer(model_folder(tmp_path, spoilt=True))
     with pytest.raises(FloatingPointError, match="not finite"):

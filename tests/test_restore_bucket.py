@@ -407,6 +407,7 @@ def test_what_is_done_stays_done_and_what_has_changed_is_redone(
     everything = {*good, "new.jpg"}
     assert changed_by(strip_metadata=True) == (everything, {*everything, "5.jpg"})
     assert changed_by(strip_metadata=True, model=small_model(2)) == (everything, {*everything, "5.jpg"})
+    assert changed_by(strip_metadata=True, model=small_model(2), precision="bfloat16")[0] == everything
 
 
 def test_waves_make_no_difference(

@@ -18,6 +18,7 @@ import torch
 
 from restore_core import baselines, codec, sources
 from restore_core.checkpoint import ModelFolder
+from restore_core.config import Precision
 from restore_core.degradations import STANDARD, Generator, degrade, fixed_damage, seed_of
 from restore_core.errors import ItemError, UsageError
 from restore_core.inference import Restorer
@@ -48,6 +49,8 @@ class Plan:
     sizes: tuple[int, ...]
     """Sides of the central crops, pixels; 0 is the whole photograph."""
     device: str = "cpu"
+    precision: Precision = "auto"
+    """Of the models' arithmetic, see `inference.Restorer`."""
     threads: int = 1
 
 
@@ -92,7 +95,9 @@ class Evaluator:
     def __init__(self, plan: Plan) -> None:
         torch.set_num_threads(plan.threads)
         self.plan = plan
-        self.restorers = {folder.name: Restorer(folder, plan.device) for folder in plan.models}
+        self.restorers = {
+            folder.name: Restorer(folder, plan.device, precision=plan.precision) for folder in plan.models
+        }
         self.baselines = {name: baselines.named(name) for name in plan.baselines}
 
     def __call__(self, photographs: pa.Table) -> pa.Table:

@@ -25,7 +25,7 @@ import torch
 
 from restore_core import codec, manifest, provenance, sources
 from restore_core.checkpoint import ModelFolder
-from restore_core.config import KINDS, Kind
+from restore_core.config import KINDS, Kind, Precision
 from restore_core.errors import ItemError, UsageError
 from restore_core.inference import check_repair
 from restore_core.lease import Lease
@@ -68,6 +68,7 @@ class RestoreOptions:
     frames: codec.Frames = "refuse"
     repair: tuple[Kind, ...] = KINDS
     self_ensemble: bool = False
+    precision: Precision = "auto"
     max_change: float | None = None
     """Results that differ more from the input are not written: mean absolute difference, of 255."""
     retry: Retry = NO_RETRY
@@ -81,6 +82,8 @@ class RestoreOptions:
             deciding["max_change"] = self.max_change
         if self.frames != "refuse":
             deciding["frames"] = self.frames
+        if self.precision != "auto":
+            deciding["precision"] = self.precision
         return manifest.options_hash(deciding)
 
 
@@ -457,6 +460,7 @@ def _plan(input: Storage, output: Storage, model: ModelFolder, options: RestoreO
         frames=options.frames,
         repair=options.repair,
         self_ensemble=options.self_ensemble,
+        precision=options.precision,
         max_change=options.max_change,
     )
     return run, actors

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from restore_core import codec, manifest, memory, sinks, sources
 from restore_core.checkpoint import ModelFolder
-from restore_core.config import KINDS, Kind
+from restore_core.config import KINDS, Kind, Precision
 from restore_core.errors import ErrorClass, ItemError
 from restore_core.inference import Restored, Restorer, release_memory
 from restore_core.manifest import Row
@@ -64,13 +64,17 @@ class RestoreRun:
     """Kinds of damage to repair."""
     self_ensemble: bool = False
     """Average over the image and its mirror image."""
+    precision: Precision = "auto"
+    """Of the network's arithmetic, see `inference.Restorer`."""
     frames: codec.Frames = "refuse"
     """Of files that hold several pictures."""
     max_change: float | None = None
     """Results that differ more from the input are not written: mean absolute difference, of 255."""
 
     def restorer(self) -> Restorer:
-        return Restorer(self.model, self.device, repair=self.repair, self_ensemble=self.self_ensemble)
+        return Restorer(
+            self.model, self.device, repair=self.repair, self_ensemble=self.self_ensemble, precision=self.precision
+        )
 
 
 @dataclass

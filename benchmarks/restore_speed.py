@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from jobs import command_line, restore_bucket
 from restore_core import checkpoint, codec, manifest, provenance
+from restore_core.config import Precision
 from restore_core.inference import Restorer
 from restore_core.storage import LocalStorage, Storage, open_storage
 
@@ -32,6 +33,8 @@ class RestoreSpeed:
     """The result file."""
     model: str = "faces"
     """A bundled model's name, or the path of a model folder."""
+    precision: Precision = "auto"
+    """Of the network's arithmetic, in both: float32 or bfloat16; auto is the former on CPUs."""
     batch_size: int = 16
     """Images handled together, by both."""
     rounds: int = 3
@@ -41,7 +44,7 @@ class RestoreSpeed:
 def plain_loop(source: Storage, target: Storage, job: RestoreSpeed) -> float:
     """Images per second, the loading of the model not counted."""
     model = checkpoint.read(job.model)
-    restorer = Restorer(model)
+    restorer = Restorer(model, precision=job.precision)
     started = time.perf_counter()
     count = 0
     keys = (item.key for item in source.list())
@@ -62,8 +65,9 @@ def plain_loop(source: Storage, target: Storage, job: RestoreSpeed) -> float:
 def the_job(job: RestoreSpeed, target: Storage) -> tuple[float, float]:
     """Images per second over the whole job, and from its first finished unit to its last."""
     options = restore_bucket.RestoreBucket(
-        input=job.input, output=target.uri, model=job.model, batch_size=job.batch_size, device="cpu"
-    )
+        input=job.input, output=target.uri, model=job.model, batch_size=job.batch_size, device="cpu",
+        precision=job.precision,
+    )  # fmt: skip
     started = time.perf_counter()
     assert restore_bucket.main(options) == command_line.DONE
     seconds = time.perf_counter() - started
@@ -87,6 +91,7 @@ def main(job: RestoreSpeed) -> int:
     result = {
         **provenance.record(),
         "model": {"name": job.model, "sha256": checkpoint.read(job.model).sha256},
+        "precision": job.precision,
         "images": count,
         "images_per_second": {
             "plain loop": round(statistics.median(loop), 2),

@@ -105,10 +105,33 @@ def test_the_bundled_model_is_described_by_its_card() -> None:
     assert measured["models"][0] == {"name": "faces", "sha256": checkpoint.read("faces").sha256}
 
 
-def test_the_speed_of_restoring_is_the_measured_one() -> None:
-    speed = json.loads((ROOT / "benchmarks/restore/speed.json").read_text())
+@pytest.mark.parametrize("file", ["speed.json", "speed-bfloat16.json"])
+def test_the_speed_of_restoring_is_the_measured_one(file: str) -> None:
+    speed = json.loads((ROOT / "benchmarks/restore" / file).read_text())
     assert f"{speed['images']} LFW photographs of 250x250 (JPEG)" in README
     assert f"    {speed['command']}\n" in README
     for what, rate in speed["images_per_second"].items():
         assert f"| {what} | {rate:.1f} |" in README
     assert speed["model"]["sha256"] == checkpoint.read("faces").sha256
+
+
+def test_what_bfloat16_costs_is_the_measured_loss() -> None:
+    def psnr(folder: str) -> dict[tuple[str, int], tuple[float, int]]:
+        result = json.loads((ROOT / "benchmarks" / folder / "quality.json").read_text())
+        assert result["models"][0] == {"name": "faces", "sha256": checkpoint.read("faces").sha256}
+        rows = [row for row in result["rows"] if row["method"] == "faces"]
+        return {(row["damage"], row["size"]): (row["psnr"], row["unchanged"]) for row in rows}
+
+    exact, fast = psnr("quality"), psnr("bfloat16")
+    assert len(fast) == 14 and "at most 0.03 dB" in README
+    for case, (value, unchanged) in fast.items():
+        assert value > exact[case][0] - 0.03
+        assert unchanged == exact[case][1] == (60 if case[0] == "clean" else 0)
+
+
+def test_what_an_object_costs_is_measured() -> None:
+    growth = json.loads((ROOT / "benchmarks/growth.json").read_text())
+    for row in growth["results"]:
+        memory = max(row["first run, driver MB"], row["nothing left to do, driver MB"])
+        cells = row["first run, s"], row["first row, s"], row["nothing left to do, s"], memory
+        assert f"| {row['objects']:,} | " + " | ".join(map(str, cells)) + " |" in README

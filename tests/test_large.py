@@ -70,7 +70,7 @@ def test_where_memory_really_ends_smaller_tiles_go_on(tmp_path: Path, model: Pat
         save(tmp_path / "in" / name, *size)
     plenty = work(tmp_path / "in", tmp_path / "plenty", model)
     assert [(row["status"], row["message"]) for row in plenty] == [("restored", None)] * 3
-    save(tmp_path / "in/d.png", 4000, 4000)
+    save(tmp_path / "in/d.png", 6000, 6000)  # which alone, before and after, is twice what there is
     scarce = work(tmp_path / "in", tmp_path / "scarce", model, 120)
     assert [(row["status"], row["error"]) for row in scarce] == [("restored", None)] * 3 + [("failed", "out_of_memory")]
     assert re.fullmatch(r"out of memory in tiles of 1024 pixels; done in tiles of (512|256)", scarce[0]["message"])

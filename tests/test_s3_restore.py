@@ -259,7 +259,8 @@ def assert_like_a_quiet_run(
 def test_a_bucket_that_asks_to_slow_down(
     proxy: FaultProxy, moto_client: "S3Client", jobs: Jobs, tmp_path: Path, share: float, count: int
 ) -> None:
-    files = {f"{number:02}.jpg": encoded(number) for number in range(count)}
+    # What happens is drawn from the names, and of sixty others none was asked to slow down at 1 %.
+    files = {f"{number:02} of {count}.jpg": encoded(number) for number in range(count)}
     fill(moto_client, files)
     proxy.set(Fault(kind="slow_down", share=share))
     result = jobs.restore("s3://photos/raw", "s3://photos/out")

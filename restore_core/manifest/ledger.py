@@ -40,14 +40,16 @@ class Ledger:
         self._files = output.child(f"{FOLDER}/{folder}")
         self._run_id = run_id
         self._written = 0
-        self._small: list[Object] = []
+        self._small: set[str] = set()
 
     def append(self, rows: list[Row]) -> None:
         """Write rows down at once, as a file of their own. Raises StorageError."""
-        self._small.append(self._write(f"{self._run_id}-{self._next():06d}.parquet", _latest(table_of(rows))))
+        key = f"{self._run_id}-{self._next():06d}.parquet"
+        self._write(key, _latest(table_of(rows)))
+        self._small.add(key)
         if len(self._small) == SMALL_FILES:
-            self._merge([[item] for item in self._small])
-            self._small = []
+            self._merge([[item] for item in self._files.list(self._run_id) if item.key in self._small])
+            self._small.clear()
 
     def rows(self, columns: Sequence[str] = SCHEMA.names) -> Iterator[pa.Table]:
         """The row that counts for each key, sorted by key, some thousands at a time. Raises StorageError."""
@@ -67,7 +69,7 @@ class Ledger:
 
     def merge(self) -> int:
         """Make exactly one row a key, in few files. Returns their number. Interrupted anywhere, nothing is lost."""
-        self._small = []
+        self._small.clear()
         return self._merge(_streams(list(self._files.list())))
 
     def clear(self) -> None:
@@ -120,12 +122,11 @@ class Ledger:
             for group in range(file.num_row_groups):
                 yield file.read_row_group(group, columns)
 
-    def _write(self, key: str, table: pa.Table) -> Object:
+    def _write(self, key: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", row_group_size=GROUP_ROWS)
         try:
             self._files.write(key, sink.getvalue().to_pybytes())
-            return self._files.stat(key)
         except ItemError as error:
             raise StorageError(f"the ledger cannot be written: {error.message}") from error
 

@@ -41,10 +41,11 @@ class Listing(LocalStorage):
 
     count = 0
 
-    def list(self, prefix: str = "") -> Iterator[Object]:
+    def list(self, prefix: str = "", after: str = "") -> Iterator[Object]:
         for index in range(self.count):
-            folder = f"collection-{index // PER_FOLDER:05d}"
-            yield Object(f"{folder}/photograph of the year {index % PER_FOLDER:04d}.jpg", 12_345, f"{index:032x}")
+            key = f"collection-{index // PER_FOLDER:05d}/photograph of the year {index % PER_FOLDER:04d}.jpg"
+            if key > after:
+                yield Object(key, 12_345, f"{index:032x}")
 
 
 def peak_mb(*, reset: bool = False) -> float:

@@ -28,6 +28,9 @@ class RestoreBucket:
     keys: str | None = None
     """Work only on the keys in this list: manifest.json of an S3 Inventory, a Parquet or CSV file with a column key
     (and perhaps size and etag), or text with a key a line, relative to --input."""
+    resume_listing: bool = False
+    """After an interruption: go on where the listing ended, instead of listing --input anew. What has since changed in
+    the part that is not listed again, the next run finds."""
     model: str = "faces"
     """A bundled model's name, or the path or URI of a model folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -70,6 +73,8 @@ class RestoreBucket:
         require(0 <= self.max_failed_share <= 1, "max_failed_share", self.max_failed_share, "use a share from 0 to 1")
         if self.max_change is not None:
             require(0 <= self.max_change <= 255, "max_change", self.max_change, "use a number from 0 to 255")
+        if self.resume_listing and self.keys:
+            raise UsageError("--resume-listing: leave it out, with --keys nothing is listed")
         parse_repair(self.repair)
         command_line.worker_count(self.workers)
 
@@ -93,6 +98,7 @@ def main(job: RestoreBucket) -> int:
     options = RestoreOptions(
         model=job.model,
         keys=job.keys,
+        resume_listing=job.resume_listing,
         device=job.device,
         workers=command_line.worker_count(job.workers),
         batch_size=job.batch_size,

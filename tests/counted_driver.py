@@ -1,9 +1,11 @@
 """jobs/restore_bucket.py that notes every write of an output, and may be told when to die.
 
-    COUNTED_NOTES=FILE COUNTED_FLUSH_ROWS=200 [COUNTED_DEATH="before 2"] python tests/counted_driver.py --input ...
+    COUNTED_NOTES=FILE COUNTED_FLUSH_ROWS=200 [COUNTED_DEATH="before 2"] [COUNTED_LISTED=40] \\
+        python tests/counted_driver.py --input ...
 
 FILE gets a line with the key as each write begins. The ledger is appended to after so many rows, never by time. With
-COUNTED_DEATH the driver kills itself before or after (as soon as it has returned) the n-th time that this is done.
+COUNTED_DEATH the driver kills itself before or after (as soon as it has returned) the n-th time that this is done. So
+many objects as COUNTED_LISTED are listed before they are noted down.
 """
 
 import os
@@ -62,10 +64,11 @@ def die_at_append(moment: str, number: int) -> None:
 
 
 if __name__ == "__main__":
-    from restore_core.pipelines import account, restoration
+    from restore_core.pipelines import account, listing, restoration
 
     restoration.RestoreUnit = counted(Path(os.environ["COUNTED_NOTES"]))  # type: ignore[misc]
     account.FLUSH_ROWS, account.FLUSH_SECONDS = int(os.environ["COUNTED_FLUSH_ROWS"]), float("inf")
+    listing.NOTED_OBJECTS = int(os.environ.get("COUNTED_LISTED", listing.NOTED_OBJECTS))
     if "COUNTED_DEATH" in os.environ:
         its_moment, its_number = os.environ["COUNTED_DEATH"].split()
         die_at_append(its_moment, int(its_number))

@@ -258,6 +258,29 @@ def test_a_driver_that_is_killed_around_an_append(
         assert Counter(row["attempt"] for row in ledger(output)) == {3: FEW - len(changed), 4: len(changed)}
 
 
+def test_the_listing_goes_on_where_it_was(
+    tmp_path: Path, few: Path, small_model: Models, again: Again, restored: dict[str, bytes]
+) -> None:
+    """What comes in the part that was listed before is left to the next run; nothing else is."""
+    output, notes = tmp_path / "out", Notes(tmp_path / "notes")
+    with started(tmp_path) as processes:
+        driver = start_few(processes, few, output, small_model(1), notes, COUNTED_LISTED="40")
+        wait_for(lambda: driver.poll() is not None or notes.count() >= FEW // 2)
+        kill(driver.pid)
+        assert killed(driver), processes.said(driver, "err")
+        assert len(list((output / "_restore/listed").rglob("*.parquet"))) == 2
+        recorded = keys_of(ledger(output))
+        new = dict(zip(("0000-new.jpg", "0090-new.jpg"), sorted(restored)[FEW:], strict=True))
+        for key, other in new.items():
+            (few / key).write_bytes(images(FEW + 2)[other])
+        assert again(few, output, resume_listing=True) == Counter({*images(FEW), "0090-new.jpg"} - recorded)
+        processes.wait_until_gone()
+    assert not list((output / "_restore/listed").rglob("*.parquet"))
+    assert again(few, output) == Counter(["0000-new.jpg"])
+    expected = {key: restored[key] for key in images(FEW)}
+    assert_as_uninterrupted(few, output, {**expected, **{key: restored[other] for key, other in new.items()}})
+
+
 def test_while_the_ledger_is_written_nothing_new_begins(
     tmp_path: Path, few: Path, small_model: Models, local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

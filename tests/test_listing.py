@@ -4,6 +4,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
@@ -12,7 +13,7 @@ import pytest
 
 from restore_core import storage
 from restore_core.errors import StorageError, UsageError
-from restore_core.pipelines.listing import list_input
+from restore_core.pipelines.listing import Listed, list_input
 from restore_core.storage import Object, listing, open_storage
 
 if TYPE_CHECKING:
@@ -65,19 +66,20 @@ class Bucket:
         }
 
 
-def keys_of(bucket: Bucket, prefix: str = "") -> list[str]:
-    return [key for page in listing.pages(bucket, prefix) for key, _, _ in page]  # type: ignore[arg-type]
+def keys_of(bucket: Bucket, prefix: str = "", after: str = "") -> list[str]:
+    return [key for page in listing.pages(bucket, prefix, after) for key, _, _ in page]  # type: ignore[arg-type]
 
 
 @hypothesis.settings(max_examples=150, deadline=None)
 @hypothesis.given(
     st.sets(st.text("ab/0é", min_size=1, max_size=6), max_size=80), st.sampled_from(["", "a", "a/", "b/a"]),
-    st.integers(1, 4),
+    st.text("ab/0", max_size=4), st.integers(1, 4),
 )  # fmt: skip
-def test_every_key_comes_once_and_in_order(keys: set[str], prefix: str, page: int) -> None:
+def test_every_key_comes_once_and_in_order(keys: set[str], prefix: str, after: str, page: int) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(listing, "RANGES", 5)
-        assert keys_of(Bucket(list(keys), page), prefix) == sorted(key for key in keys if key.startswith(prefix))
+        expected = sorted(key for key in keys if key.startswith(prefix) and key > after)
+        assert keys_of(Bucket(list(keys), page), prefix, after) == expected
 
 
 def test_one_page_is_one_request() -> None:
@@ -133,7 +135,7 @@ def test_a_real_server(s3: str, moto_client: "S3Client", monkeypatch: pytest.Mon
         list(open_storage("s3://nowhere/").list())
 
 
-class Listed:
+class Keys:
     """A storage that does nothing but list, key after key."""
 
     uri = "s3://many"
@@ -141,8 +143,8 @@ class Listed:
     def __init__(self, keys: Iterator[str]) -> None:
         self.keys = keys
 
-    def list(self, prefix: str = "") -> Iterator[Object]:
-        return (Object(key, 1, "e") for key in self.keys)
+    def list(self, prefix: str = "", after: str = "") -> Iterator[Object]:
+        return (Object(key, 1, "e") for key in self.keys if key > after)
 
 
 def test_the_work_begins_before_the_listing_ends() -> None:
@@ -153,11 +155,34 @@ def test_the_work_begins_before_the_listing_ends() -> None:
             taken.append(index)
             yield f"{index:07d}.jpg"
 
-    found = list_input(Listed(keys()))  # type: ignore[arg-type]
+    found = list_input(Keys(keys()))  # type: ignore[arg-type]
     assert next(found.objects).key == "0000000.jpg"
     assert len(taken) == 1
 
 
 def test_an_input_of_nothing_is_refused() -> None:
     with pytest.raises(UsageError, match="--input s3://many: no files there"):
-        list_input(Listed(iter(["_restore/run.json"])))  # type: ignore[arg-type]
+        list_input(Keys(iter(["_restore/run.json"])))  # type: ignore[arg-type]
+
+
+def test_a_listing_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("restore_core.pipelines.listing.NOTED_OBJECTS", 10)
+    keys = [f"{index:03d}.jpg" for index in range(45)]
+    output = open_storage(str(tmp_path))
+
+    def listed(keys: list[str], run: str, *, resume: bool) -> Listed:
+        listed = Listed(Keys(iter(keys)), output, run, resume=resume)  # type: ignore[arg-type]
+        listed.begin()
+        return listed
+
+    first = listed(keys, "run-1", resume=False)
+    seen = [item.key for item, _ in zip(first, range(35), strict=False)]
+    assert seen == keys[:35]
+    # 30 were noted. Of what changes meanwhile, the listing that goes on sees what lies behind them.
+    changed = ["000-new.jpg", *keys[1:40], "041-new.jpg"]
+    assert [item.key for item in listed(changed, "run-2", resume=True)] == [*keys[:40], "041-new.jpg"]
+    assert [item.key for item in listed(changed, "run-3", resume=False)] == changed
+    last = listed(changed, "run-4", resume=True)
+    last.clear()
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    assert [item.key for item in last] == changed

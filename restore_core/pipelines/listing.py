@@ -1,5 +1,7 @@
 """What there is to do: the input's listing, cut into units that are done together."""
 
+import hashlib
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -11,11 +13,17 @@ import pyarrow.compute as pc
 from restore_core import manifest, sources
 from restore_core.errors import UsageError
 from restore_core.key_list import read_key_list
-from restore_core.manifest import Row
+from restore_core.manifest import Ledger, Row
 from restore_core.storage import Object, Storage
+
+logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 16 * 2**20
 """Encoded bytes that go to an actor at once: about 300 MB of pixels for JPEG."""
+
+
+NOTED_OBJECTS = 100_000
+"""So many are listed before they are noted down together."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +90,59 @@ class Input:
     """Where every file is Parquet: their rows, which then are the objects."""
 
 
-def list_input(storage: Storage, keys: str | None = None) -> Input:
+class Listed:
+    """What a run has listed until now, kept in OUTPUT/_restore/listed until it has accounted for all of it.
+
+    A listing of hundreds of millions takes hours; one that was interrupted can go on where it ended.
+
+    Args:
+        resume: go on from what an earlier run has noted; else list all of it again.
+    """
+
+    def __init__(self, storage: Storage, output: Storage, run_id: str, *, resume: bool) -> None:
+        place = hashlib.sha256(storage.uri.encode()).hexdigest()[:16]
+        self._ledger = Ledger(output, run_id, folder=f"listed/{place}")
+        self._storage = storage
+        self._resume = resume
+
+    def begin(self) -> None:
+        """Forget what an earlier run has noted, unless it is gone on from there. Not while another run may write."""
+        if not self._resume:
+            self.clear()
+
+    def clear(self) -> None:
+        self._ledger.clear()
+
+    def __iter__(self) -> Iterator[Object]:
+        last = ""
+        if self._resume:
+            for table in self._ledger.rows(("key", "size", "etag")):
+                for values in zip(*(column.to_pylist() for column in table.columns), strict=True):
+                    yield Object(*values)
+                last = table["key"][-1].as_py()
+            logger.info("the listing goes on after %r", last)
+        fresh: list[Row] = []
+        for item in self._storage.list(after=last):
+            fresh.append(Row(key=item.key, size=item.size, etag=item.etag, model="", options="", run_id=""))
+            if len(fresh) == NOTED_OBJECTS:
+                self._ledger.append(fresh)
+                fresh = []
+            yield item
+
+
+def list_input(storage: Storage, keys: str | None = None, listing: Iterable[Object] | None = None) -> Input:
     """The input's objects, without those of an earlier restore's own folder; of files, listed while they are taken.
 
     Args:
         keys: a list in place of a listing, see `key_list`.
+        listing: in place of the storage's own, such as `Listed`.
 
     Raises UsageError when there are none, and for Parquet that cannot be used.
     """
-    listing = storage.list() if keys is None else read_key_list(keys, storage)
+    if keys is not None:
+        listing = read_key_list(keys, storage)
+    elif listing is None:
+        listing = storage.list()
     own = f"{manifest.FOLDER}/"
     objects = (item for item in listing if not item.key.startswith(own))
     head: list[Object] = []

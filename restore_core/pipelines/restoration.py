@@ -32,7 +32,7 @@ from restore_core.lease import Lease
 from restore_core.manifest import Found, Ledger, Overview, Retry, Row
 from restore_core.pipelines import cluster, stages
 from restore_core.pipelines.account import BACKPRESSURE, BACKPRESSURE_KEY, Account, TooManyFailures
-from restore_core.pipelines.listing import Input, RowGroup, RowGroups, list_input, object_units, row_group_unit
+from restore_core.pipelines.listing import Input, Listed, RowGroup, RowGroups, list_input, object_units, row_group_unit
 from restore_core.pipelines.stages import RestoreRun
 from restore_core.storage import Object, Storage
 
@@ -59,6 +59,8 @@ class RestoreOptions:
     model: str
     keys: str | None = None
     """A list of keys to work on, in place of the input's listing."""
+    resume_listing: bool = False
+    """Go on where the listing of an interrupted run ended, instead of listing all again."""
     device: cluster.Device = "auto"
     workers: int | None = None
     batch_size: int = 16
@@ -234,12 +236,17 @@ def restore(
     Raises UsageError before anything is written when input, output or cluster cannot work.
     """
     check_repair(model, options.repair)
-    listing = list_input(input, options.keys)
+    run_id = manifest.new_run_id()
+    listed = Listed(input, output, run_id, resume=options.resume_listing)
+    listing = list_input(input, options.keys, listed)
     if options.workers is not None or options.device == "cuda":
         _actors(options)
-    run_id = manifest.new_run_id()
     with Lease(output, LEASE_FILE, run_id) as lease:
-        return _restore(input, listing, output, model, options, command, run_id, lease)
+        listed.begin()
+        summary = _restore(input, listing, output, model, options, command, run_id, lease)
+        if not summary.stopped:
+            listed.clear()
+        return summary
 
 
 def _restore(

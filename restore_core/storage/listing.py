@@ -27,9 +27,9 @@ DEPTH = 32
 """Folders with nothing but one folder in them that are gone down."""
 
 
-def pages(request: Request, prefix: str) -> Iterator[Page]:
-    """All keys with a prefix. What fits on one page takes one request."""
-    first = request(Prefix=prefix)
+def pages(request: Request, prefix: str, after: str = "") -> Iterator[Page]:
+    """All keys with a prefix that come behind `after`. What fits on one page takes one request."""
+    first = request(Prefix=prefix, **({"StartAfter": after} if after else {}))
     page = _page_of(first)
     yield page
     if not first.get("IsTruncated"):

@@ -45,10 +45,10 @@ class LocalStorage:
     def uri(self) -> str:
         return key_of(str(self.root))
 
-    def list(self, prefix: str = "") -> Iterator[Object]:
+    def list(self, prefix: str = "", after: str = "") -> Iterator[Object]:
         """See `Storage`. Symbolic links to folders are not followed; links to files are listed like files."""
         for key, path in self._files(prefix):
-            if _is_temporary(key):
+            if key <= after or _is_temporary(key):
                 continue
             try:
                 stat = os.stat(path)  # noqa: PTH116  half the time of Path's

@@ -63,11 +63,12 @@ class S3Storage:
         """Return the key in the bucket. Any text is a legal key: it is neither cleaned nor decoded."""
         return f"{self.prefix}/{key}" if self.prefix else key
 
-    def list(self, prefix: str = "") -> Iterator[Object]:
+    def list(self, prefix: str = "", after: str = "") -> Iterator[Object]:
         """See `Storage`. Folder markers (empty objects whose key ends in "/") are left out."""
         root = self.full_key("")
         try:
-            for page in listing.pages(partial(_list, Bucket=self.bucket), root + (self.only or prefix)):
+            behind = root + after if after else ""
+            for page in listing.pages(partial(_list, Bucket=self.bucket), root + (self.only or prefix), behind):
                 for full_key, size, etag in page:
                     key = full_key.removeprefix(root)
                     marker = full_key.endswith("/") and not size

@@ -120,9 +120,13 @@ def paint_patches(
 
 def to_gray(images: Tensor) -> Tensor:
     """ITU-R 601 luma in all three channels; Pillow's integer arithmetic, so equal to `convert("L")`."""
+    return luma(images).expand_as(images).contiguous()
+
+
+def luma(images: Tensor) -> Tensor:
+    """The same in one channel, uint8 [B, 1, H, W]."""
     r, g, b = images.to(torch.int32).unbind(dim=1)
-    luma = (19595 * r + 38470 * g + 7471 * b + 0x8000) >> 16  # [B, H, W]
-    return luma.to(torch.uint8)[:, None].expand_as(images).contiguous()
+    return ((19595 * r + 38470 * g + 7471 * b + 0x8000) >> 16).to(torch.uint8)[:, None]
 
 
 # --- Their mixture -------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from restore_core.config import Kind
-from restore_core.degradations import to_gray
+from restore_core.degradations import luma, to_gray
 
 CONTEXT = 10
 """How many pixels around it a pixel's part in the diagnosis depends on: windows of 7, 7 and 9 pixels."""
@@ -45,11 +45,10 @@ def evidence(
     the whole.
     """
     flipped, painted = destroyed_pixels(torch.ones_like(damaged[:, :1]).float() if survival is None else survival)
-    before, after = to_gray(damaged).float(), to_gray(restored).float()  # lost colour is not noise
     kept = ~(flipped | painted)
-    removed = (before - after)[:, :1].square() * kept
-    had, weight = _colour(damaged, kept)
-    has, _ = _colour(restored, kept)
+    removed = (luma(damaged).float() - luma(restored).float()).square() * kept  # lost colour is not noise
+    weight = _mean_around(kept.float(), 9)
+    had, has = (_colour(images, kept, weight) for images in (damaged, restored))
     area = torch.ones_like(weight)
     parts = (area, flipped.float(), painted.float(), kept.float(), removed, weight, had, has)
     return torch.stack([part[..., rows, columns].sum(dim=(1, 2, 3)) for part in parts])
@@ -73,8 +72,8 @@ def destroyed_pixels(survival: Tensor) -> tuple[Tensor, Tensor]:
     """From the gate's logits [B, 1, H, W], two masks, bool [B, 1, H, W]: flipped pixels, pixels under patches."""
     destroyed = survival < 0
     # A patch is where nearly all of a neighbourhood is destroyed; flipped pixels stand among survivors.
-    dense = F.avg_pool2d(destroyed.float(), 7, stride=1, padding=3, count_include_pad=False) > 0.8
-    painted = (F.max_pool2d(dense.float(), 7, stride=1, padding=3) > 0) & destroyed
+    dense = _mean_around(destroyed.float(), 7) > 0.8
+    painted = (_sum_around(dense.float(), 7) > 0) & destroyed
     return destroyed & ~painted, painted
 
 
@@ -108,10 +107,38 @@ def repair_only(
     return result
 
 
-def _colour(images: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """How far the surviving, locally averaged colours are from grey, of 255, times their weight; and that weight."""
-    weight = F.avg_pool2d(kept.float(), 9, stride=1, padding=4, count_include_pad=False)
-    local = F.avg_pool2d(images.float() * kept, 9, stride=1, padding=4, count_include_pad=False)
-    local = local / weight.clamp(min=0.05)
+def _colour(images: Tensor, kept: Tensor, weight: Tensor) -> Tensor:
+    """How far the surviving, locally averaged colours are from grey, of 255, times their weight."""
+    local = _mean_around(images.float() * kept, 9) / weight.clamp(min=0.05)
     spread = (local - local.mean(dim=1, keepdim=True)).abs().mean(dim=1, keepdim=True)
-    return spread * weight, weight
+    return spread * weight
+
+
+def _mean_around(x: Tensor, side: int) -> Tensor:
+    """The mean over the square around each pixel, as far as it lies inside. [B, C, H, W] -> the same"""
+    rows, columns = (
+        _sum_around(torch.ones(1, 1, *shape, device=x.device), side) for shape in ((x.shape[2], 1), (1, x.shape[3]))
+    )
+    return _sum_around(x, side) / (rows * columns)
+
+
+def _sum_around(x: Tensor, side: int) -> Tensor:
+    """The sum over the square around each pixel, of odd `side`: exact for whole numbers, whatever the device.
+
+    Sums of 2, 4, 8 neighbours are made of each other: a tenth of the time of torch's avg_pool2d on a CPU.
+    """
+    for dim in (2, 3):
+        length = x.shape[dim]
+        half = side // 2
+        window = F.pad(x, (0, 0, half, half) if dim == 2 else (half, half, 0, 0))
+        x, done, width = torch.zeros_like(x), 0, 1
+        while True:
+            if side & width:
+                x += window.narrow(dim, done, length)
+                done += width
+            if done == side:
+                break
+            size = window.shape[dim] - width
+            window = window.narrow(dim, 0, size) + window.narrow(dim, width, size)
+            width *= 2
+    return x

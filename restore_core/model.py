@@ -196,6 +196,18 @@ def count_macs(config: ModelConfig, height: int, width: int) -> int:
         return macs_of(build(config), height, width)
 
 
+def fewest_values(config: ModelConfig) -> float:
+    """Of all convolutions, the fewest values that one is given, for each pixel of the image; nothing is computed."""
+    side, counts = 256, []
+    with torch.device("meta"):
+        model = build(config).eval()
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                module.register_forward_pre_hook(lambda module, inputs: counts.append(inputs[0].numel()))
+        model(torch.empty(1, 3, side, side))
+    return float(min(counts) / side**2)
+
+
 def macs_of(model: nn.Module, height: int, width: int) -> int:
     """The same of a network that was built on the device `meta`, where nothing is computed."""
     total = 0

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from restore_core import checkpoint, codec, degradations, inference, tiles
+from restore_core import checkpoint, codec, degradations, diagnosis, inference, tiles
 from restore_core.checkpoint import ModelFolder
 from restore_core.config import KINDS, AutoencoderConfig, Kind, ModelConfig, ResidualUNetConfig
 from restore_core.degradations import Generator, degrade, fixed_damage, seed_of
@@ -60,7 +61,7 @@ def test_mixed_sizes_keep_their_order_and_equal_single_runs(
     restorer: Restorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of equal sizes some share a batch. Bit for bit on the CPU: the convolutions do not mix images."""
-    monkeypatch.setattr(inference, "BATCH_PIXELS", 3 * 24 * 32)  # at most three of the larger ones together
+    monkeypatch.setitem(inference.BATCH_PIXELS, "cpu", 3 * 24 * 32)  # at most three of the larger ones together
     sizes = [(24, 32), (5, 7), (24, 32), (1, 1), (24, 32), (5, 7), (24, 32), (24, 32)]
     images = [photograph(*size, seed=index) for index, size in enumerate(sizes)]
     together = restorer(images)
@@ -69,6 +70,17 @@ def test_mixed_sizes_keep_their_order_and_equal_single_runs(
         np.testing.assert_array_equal(result.pixels, alone.pixels)
         assert result.sigma == pytest.approx(alone.sigma, rel=1e-5)
         assert (result.flips, result.patches) == (alone.flips, alone.patches)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (48, 48), (96, 96), (130, 140)])
+def test_what_else_is_in_the_batch_decides_nothing(size: tuple[int, int]) -> None:
+    """Of the real networks, and before rounding: torch computes a small image that is alone in another way."""
+    restorer = Restorer(checkpoint.read("faces-fast"))
+    batch = torch.from_numpy(np.stack([photograph(*size, seed=seed) for seed in range(5)])).permute(0, 3, 1, 2)
+    together, _ = restorer._predict(batch, inference.CPU)
+    for image, expected in zip(batch, together, strict=True):
+        alone, _ = restorer._predict(image[None], inference.CPU)
+        assert torch.equal(alone[0], expected)
 
 
 def test_a_read_only_image_is_no_obstacle(restorer: Restorer) -> None:
@@ -213,6 +225,7 @@ def test_in_tiles_a_choice_of_damages_is_the_same_choice(
 
 def knowing_gate(restorer: Restorer, destroyed: Tensor, damaged: Tensor) -> None:
     """Make the network's gate say what was destroyed, wherever in the image a tile lies, and its image colourful."""
+    restorer.least_alone = 0.0
 
     def tell(module: object, inputs: tuple[Tensor], prediction: Prediction) -> Prediction:
         (x,) = inputs
@@ -245,6 +258,7 @@ def short_of_memory(
 ) -> list[tuple[int, ...]]:
     """Let the real network fail on more than so many pixels at once. Returns the sizes that it was given, in turn."""
     seen = []
+    restorer.least_alone = 0.0  # else small images that are alone would count twice
 
     def allocate(module: object, inputs: tuple[Tensor]) -> None:
         size = inputs[0].shape
@@ -364,6 +378,20 @@ def perfect_diagnosis(**damage: object) -> tuple[list[list[float]], Tensor]:
     damaged, destroyed = degrade(clean, fixed_damage(generator, **damage), generator)  # type: ignore[arg-type]
     survival = torch.where(destroyed, -5.0, 5.0).reshape(len(clean), 1, 128, 128)
     return [list(values) for values in diagnose(damaged, clean, survival)], destroyed  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 40), (9, 5), (60, 47)])
+def test_windows_are_those_of_torch(size: tuple[int, int]) -> None:
+    """Sums made of sums, against pooling; at the borders too."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (2, 3, *size), generator=generator).float()
+    for side in (7, 9):
+        expected = F.avg_pool2d(x, side, stride=1, padding=side // 2, count_include_pad=False)
+        assert torch.equal(diagnosis._mean_around(x, side), expected)
+    survival = F.interpolate(torch.randn(2, 1, *size, generator=generator), scale_factor=4)[..., : size[0], : size[1]]
+    dense = F.avg_pool2d((survival < 0).float(), 7, stride=1, padding=3, count_include_pad=False) > 0.8
+    painted = (F.max_pool2d(dense.float(), 7, stride=1, padding=3) > 0) & (survival < 0)
+    assert torch.equal(destroyed_pixels(survival)[1], painted)
 
 
 def test_an_undamaged_photograph_is_told_as_such() -> None:

@@ -38,7 +38,9 @@ Name = Literal[
 ]  # fmt: skip
 STARTED = time.perf_counter()
 CORES = len(os.sched_getaffinity(0))
-BATCH_PIXELS = 2**20
+BY_HAND = "plain loop", "pool", "data loader", "ray template"
+BATCH_PIXELS, BEST_BATCH_PIXELS = 2**20, 2**17
+"""Together in loops by hand, so that a batch of usual photographs is one; and where it is best for the caches."""
 MULTIPLE = 16
 """Of which the sides are that the exported networks are given."""
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -77,16 +79,18 @@ def encode(pixels: Pixels, path: Path) -> None:
     path.write_bytes(file.getvalue())
 
 
-def batches(decoded: Iterable[tuple[Path, Pixels]], size: int) -> Iterator[tuple[list[Path], Pixels]]:
-    """Of `size` at a time, those of one shape together."""
+def batches(
+    decoded: Iterable[tuple[Path, Pixels]], size: int, pixels: int = BATCH_PIXELS
+) -> Iterator[tuple[list[Path], Pixels]]:
+    """Of `size` at a time, those of one shape together, up to so many `pixels`."""
     rest = iter(decoded)
     while some := list(islice(rest, size)):
-        for shape in dict.fromkeys(pixels.shape for _, pixels in some):
+        for shape in dict.fromkeys(image.shape for _, image in some):
             alike = [pair for pair in some if pair[1].shape == shape]
-            most = max(1, BATCH_PIXELS // (shape[0] * shape[1]))
+            most = max(1, pixels // (shape[0] * shape[1]))
             for start in range(0, len(alike), most):
-                paths, pixels = zip(*alike[start : start + most], strict=True)
-                yield list(paths), np.stack(pixels)
+                paths, images = zip(*alike[start : start + most], strict=True)
+                yield list(paths), np.stack(images)
 
 
 # --- Networks ------------------------------------------------------------------------------------------------------
@@ -156,7 +160,8 @@ def openvino_network(job: Contestant) -> Network:
 
 
 def loop(decoded: Iterable[tuple[Path, Pixels]], job: Contestant, network: Network, *, write: bool = True) -> None:
-    for paths, pixels in batches(decoded, job.batch_size):
+    together = BATCH_PIXELS if job.name in BY_HAND else BEST_BATCH_PIXELS
+    for paths, pixels in batches(decoded, job.batch_size, together):
         restored = network(pixels)
         if write:
             for path, one in zip(paths, restored, strict=True):

@@ -91,3 +91,12 @@ def _encoded(pixels: Pixels, format: str) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format, **({} if format == "PNG" else {"quality": 90}))
     return file.getvalue()
+
+
+def megapixels(folder: Path) -> float:
+    """Of all files of a folder."""
+    total = 0
+    for path in folder.iterdir():
+        with Image.open(path) as image:
+            total += image.width * image.height
+    return total / 1e6

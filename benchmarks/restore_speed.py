@@ -1,108 +1,233 @@
 #!/usr/bin/env python
-"""Images per second of jobs/restore_bucket.py beside a plain loop over the same files, taking turns in one run.
+"""jobs/restore_bucket.py beside what one would write by hand, and beside what no pipeline can be faster than.
 
-The plain loop is what one would write by hand in one process: decode, the same network on all cores, encode, write.
-Both lose nothing and write the same bytes; the loop has no ledger, no resume and no wall against bad files.
+All take turns over the same damaged photographs, each in a process of its own; benchmarks/contestants.py says who they
+are. Written down are the medians, and for the job when its first photograph was done, how fast it went from then on,
+and the most memory of each kind of process.
 """
 
 import json
+import math
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import pyarrow.compute as pc
+import pyarrow as pa
 
-from jobs import command_line, restore_bucket
-from restore_core import checkpoint, codec, manifest, provenance
-from restore_core.config import Precision
-from restore_core.inference import Restorer
-from restore_core.storage import LocalStorage, Storage, open_storage
+from benchmarks import corpora
+from benchmarks.contestants import CORES, Name
+from jobs import command_line
+from restore_core import checkpoint, manifest, provenance
+from restore_core.config import Precision, require
+from restore_core.manifest import Row
+from restore_core.pipelines import cluster
+from restore_core.pipelines.listing import object_units
+from restore_core.storage import LocalStorage
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = "codec only", "model only", "model only, compiled", "model only, pool"
+KINDS = {
+    "driver": "restore_bucket.py", "worker": "RestoreUnit", "codec": "restore_core.codec", "raylet": "raylet",
+    "control": "gcs_server",
+}  # fmt: skip
+"""Processes of a job, by what their command lines hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RestoreSpeed:
-    input: str
-    """A folder of photographs, or a file of them."""
-    output: Path = Path("benchmarks/restore/speed.json")
+    photographs: Path
+    """A folder of photographs of at least 250x250 pixels, of which the files are made."""
+    corpus: Literal["jpeg-250", "jpeg-1024", "jpeg-4000", "png-250", "mixed"]
+    """What files, see benchmarks/corpora.py."""
+    images: int
+    """How many of them."""
+    output: Path
     """The result file."""
     model: str = "faces"
     """A bundled model's name, or the path of a model folder."""
-    precision: Precision = "auto"
-    """Of the network's arithmetic, in both: float32 or bfloat16; auto is the former on CPUs."""
+    precision: Precision = "float32"
+    """Of the network's arithmetic, in all."""
     batch_size: int = 16
-    """Images handled together, by both."""
-    rounds: int = 3
+    """Images handled together, by all."""
+    contestants: tuple[Name, ...] = (
+        "plain loop", "pool", "data loader", "ray template", "onnxruntime", "openvino",
+        "codec only", "model only", "model only, pool",
+    )  # fmt: skip
+    """With whom the job takes turns."""
+    rounds: int = 5
     """How often each has its turn; the medians count."""
 
-
-def plain_loop(source: Storage, target: Storage, job: RestoreSpeed) -> float:
-    """Images per second, the loading of the model not counted."""
-    model = checkpoint.read(job.model)
-    restorer = Restorer(model, precision=job.precision)
-    started = time.perf_counter()
-    count = 0
-    keys = (item.key for item in source.list())
-    while batch := list(islice(keys, job.batch_size)):
-        files = [source.read(key) for key in batch]
-        pictures = [codec.decode(file) for file in files]
-        results = restorer([picture.pixels for picture in pictures])
-        for key, file, picture, result in zip(batch, files, pictures, results, strict=True):
-            data = file
-            if not result.undamaged(gray_file=picture.gray):
-                software = f"restore_core (model {model.sha256[:12]})"
-                data = codec.encode(result.pixels, file, picture=picture, software=software)
-            target.write(key, data)
-        count += len(batch)
-    return count / (time.perf_counter() - started)
+    def __post_init__(self) -> None:
+        require(self.images >= 4 * CORES, "images", self.images, f"use {4 * CORES} or more")
 
 
-def the_job(job: RestoreSpeed, target: Storage) -> tuple[float, float]:
-    """Images per second over the whole job, and from its first finished unit to its last."""
-    options = restore_bucket.RestoreBucket(
-        input=job.input, output=target.uri, model=job.model, batch_size=job.batch_size, device="cpu",
-        precision=job.precision,
+class Memory(threading.Thread):
+    """The most that was resident of each kind of a job's processes, megabytes."""
+
+    def __init__(self, mark: str) -> None:
+        super().__init__(daemon=True)
+        self._mark = mark.encode()
+        self._ended = threading.Event()
+        self.most: dict[str, float] = {}
+
+    def run(self) -> None:
+        while not self._ended.wait(0.5):
+            for folder in Path("/proc").glob("[0-9]*"):
+                try:
+                    if self._mark not in (folder / "environ").read_bytes():
+                        continue
+                    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    status = (folder / "status").read_text()
+                except OSError:  # it has ended
+                    continue
+                kind = next((kind for kind, text in KINDS.items() if text in command), None)
+                if kind and (peak := [line for line in status.splitlines() if line.startswith("VmHWM")]):
+                    self.most[kind] = max(self.most.get(kind, 0), int(peak[0].split()[1]) / 1024)
+
+    def end(self) -> dict[str, int]:
+        self._ended.set()
+        self.join()
+        return {kind: round(self.most[kind]) for kind in KINDS if kind in self.most}
+
+
+def contestant(name: Name, job: RestoreSpeed, source: Path, target: Path) -> float:
+    """Images per second, its loading not counted."""
+    # The floors with the allocator's settings that are best for torch.
+    settings = cluster.WORKER_MEMORY if name in FLOORS else {}
+    done = subprocess.run(  # noqa: S603
+        [
+            sys.executable, "benchmarks/contestants.py", "--name", name, "--input", source, "--output", target,
+            "--model", job.model, "--precision", job.precision, "--batch-size", str(job.batch_size),
+        ],
+        cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    started = time.perf_counter()
-    assert restore_bucket.main(options) == command_line.DONE
-    seconds = time.perf_counter() - started
-    times = manifest.Ledger(target, "reader").latest()["finished_at"]
-    first, last = pc.min(times).as_py(), pc.max(times).as_py()
-    later = pc.sum(pc.greater(times, first)).as_py()
-    return len(times) / seconds, later / (last - first).total_seconds()
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stderr[-3000:]}")
+    said = json.loads(done.stdout.splitlines()[-1])
+    return float(said["images"] / said["seconds"])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run of the job."""
+
+    first: float
+    """Seconds from its start to the first finished photograph."""
+    whole: float
+    """Images per second from start to end."""
+    steady: float
+    """Images per second once each worker has finished its first unit."""
+    memory: dict[str, int]
+    """Most of each kind of process, MB."""
+
+
+def the_job(job: RestoreSpeed, source: Path, target: Path) -> Measured:
+    mark = f"RESTORE_SPEED={os.getpid()}-{time.monotonic_ns()}"
+    name, _, value = mark.partition("=")
+    memory = Memory(mark)
+    memory.start()
+    started = datetime.now(UTC)
+    done = subprocess.run(  # noqa: S603
+        [
+            sys.executable, "jobs/restore_bucket.py", "--input", source, "--output", target, "--model", job.model,
+            "--precision", job.precision, "--batch-size", str(job.batch_size), "--device", "cpu",
+        ],
+        cwd=ROOT, env={**os.environ, name: value}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    seconds = (datetime.now(UTC) - started).total_seconds()
+    if done.returncode:
+        raise SystemExit(f"the job: {done.stderr[-3000:]}")
+    rows = manifest.Ledger(LocalStorage(target), "reader").latest()
+    assert set(rows["status"].to_pylist()) == {"restored"}, "a file was not restored: it is not comparable"
+    times = sorted(rows["finished_at"].to_pylist())
+    skipped = CORES * min(job.batch_size, math.ceil(len(times) / (2 * CORES)))  # what each begins with
+    steady = (len(times) - skipped) / (times[-1] - times[skipped - 1]).total_seconds()
+    return Measured((times[0] - started).total_seconds(), len(times) / seconds, steady, memory.end())
+
+
+def between_processes(rows: pa.Table, batch_size: int) -> float:
+    """Bytes an image that pass Ray's object store: a unit's block on its way to the actor, and its rows back."""
+    listed = [
+        Row(key=row["key"], size=row["size"], etag=row["etag"], model=row["model"], options=row["options"], run_id="r")
+        for row in rows.select(["key", "size", "etag", "model", "options"]).to_pylist()
+    ]
+    there = sum(unit.nbytes for unit in object_units(listed, batch_size))
+    return float((there + rows.nbytes) / len(rows))
+
+
+def turns(job: RestoreSpeed, source: Path) -> Iterator[tuple[str, float | Measured, float]]:
+    """Who, what was measured, bytes between processes an image (of the job)."""
+    for number in range(job.rounds):
+        names = ["job", *job.contestants]
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            with tempfile.TemporaryDirectory() as folder:
+                target = Path(folder).resolve()
+                if name == "job":
+                    measured = the_job(job, source, target)
+                    rows = manifest.Ledger(LocalStorage(target), "reader").latest()
+                    yield name, measured, between_processes(rows, job.batch_size)
+                else:
+                    yield name, contestant(name, job, source, target), 0.0  # type: ignore[arg-type]
 
 
 def main(job: RestoreSpeed) -> int:
-    source = open_storage(job.input)
-    loop, whole, steady = [], [], []
-    for _ in range(job.rounds):
-        with tempfile.TemporaryDirectory() as by_loop, tempfile.TemporaryDirectory() as by_job:
-            loop.append(plain_loop(source, LocalStorage(Path(by_loop).resolve()), job))
-            target = LocalStorage(Path(by_job).resolve())
-            rates = the_job(job, target)
-            whole.append(rates[0])
-            steady.append(rates[1])
-            count = sum(1 for _ in source.list())
+    rates: dict[str, list[float]] = {}
+    runs: list[Measured] = []
+    passed = 0.0
+    photographs = sorted(job.photographs.rglob("*.jpg"))
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder).resolve()
+        corpora.write(corpora.CORPORA[job.corpus], photographs, job.images, source)
+        megapixels = corpora.megapixels(source)
+        size = sum(path.stat().st_size for path in source.iterdir())
+        for name, measured, between in turns(job, source):
+            if isinstance(measured, Measured):
+                runs.append(measured)
+                passed = between
+                rates.setdefault("job, steady state", []).append(measured.steady)
+                rates.setdefault("job, start-up included", []).append(measured.whole)
+            else:
+                rates.setdefault(name, []).append(measured)
+            print(name, measured, flush=True)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    steady = medians["job, steady state"]
+    floors = {name: medians[name] for name in FLOORS if name in medians}
+    model = max((rate for name, rate in floors.items() if name != "codec only"), default=None)
+    others = {name: rate for name in get_args(Name) if name not in FLOORS and (rate := medians.get(name))}
     result = {
         **provenance.record(),
+        "corpus": corpora.CORPORA[job.corpus].title,
+        "images": job.images,
+        "megapixels": round(megapixels, 3),
+        "encoded_bytes": size,
         "model": {"name": job.model, "sha256": checkpoint.read(job.model).sha256},
         "precision": job.precision,
-        "images": count,
-        "images_per_second": {
-            "plain loop": round(statistics.median(loop), 2),
-            "job, start-up included": round(statistics.median(whole), 2),
-            "job, steady state": round(statistics.median(steady), 2),
+        "images_per_second": {name: round(rate, 3) for name, rate in medians.items()},
+        "first_image_seconds": round(statistics.median(run.first for run in runs), 2),
+        "memory_mb": {kind: max(run.memory.get(kind, 0) for run in runs) for kind in runs[0].memory},
+        "object_store_bytes_per_image": round(passed),
+        "ratios": {
+            **({"of the slower floor": round(steady / min(model, floors["codec only"]), 3)} if model else {}),
+            # On CPUs both take their time from the same cores.
+            **({"of both floors": round(steady * (1 / model + 1 / floors["codec only"]), 3)} if model else {}),
+            **({"of the best by hand": round(steady / max(others.values()), 3)} if others else {}),
         },
-        "rounds": {"plain loop": loop, "job, start-up included": whole, "job, steady state": steady},
+        "rounds": rates,
     }
     job.output.parent.mkdir(parents=True, exist_ok=True)
     job.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result["images_per_second"], indent=2))
+    print(json.dumps({name: result[name] for name in ("images_per_second", "ratios", "memory_mb")}, indent=2))
     return command_line.DONE
 
 

@@ -1,0 +1,124 @@
+#!/usr/bin/env python
+"""jobs/train.py beside the same steps in a bare loop over photographs that are in memory, taking turns.
+
+What the job does more: Ray Train, Ray Data's blocks on their way to the worker, shuffling. Validation and checkpoints
+count in neither. Samples per second after the first epoch; the medians count.
+"""
+
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from jobs import command_line
+from restore_core import provenance
+from restore_core.config import PRESETS, Phase
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSpeed:
+    data: str
+    """Dataset Parquet from jobs/pack_dataset.py."""
+    output: Path = Path("benchmarks/training_speed.json")
+    """The result file."""
+    preset: str = "faces-fast"
+    """Network and training plan."""
+    size: int = 48
+    """Side of the samples, pixels."""
+    epochs: int = 2
+    """Of each turn, beside the first, which does not count."""
+    images: int = 1600
+    """Photographs that the bare loop holds."""
+    rounds: int = 5
+    """How often each has its turn."""
+    bare: bool = False
+    """Run the bare loop here and print its rate: what its own process is told."""
+
+
+def bare_loop(job: TrainingSpeed) -> float:
+    import torch
+
+    from restore_core import sources
+    from restore_core.pipelines.training import to_photographs
+    from restore_core.storage import open_storage
+    from restore_core.trainer import Trainer
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    config = replace(PRESETS[job.preset], phases=(Phase(sizes=(job.size,), epochs=1 + job.epochs),))
+    table = sources.read_split(open_storage(job.data), "--data", sources.TRAIN, config.canvas, job.images)
+    photographs = to_photographs(table, config.canvas)
+    starts = range(0, len(photographs) - config.batch_size + 1, config.batch_size)
+    batches = [photographs[start : start + config.batch_size] for start in starts]
+    trainer = Trainer(config, steps_per_epoch=len(batches))
+    trainer.train_epoch(batches)
+    return statistics.median(trainer.train_epoch(batches)["samples_per_second"] for _ in range(job.epochs))
+
+
+def the_job(job: TrainingSpeed) -> tuple[float, float]:
+    """Samples per second, and seconds from the start until the first epoch began to count."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.time()
+        subprocess.run(  # noqa: S603
+            [
+                sys.executable, "jobs/train.py", "--data", job.data, "--storage", folder, "--name", "speed",
+                "--preset", job.preset, "--schedule", f"{job.size}:{1 + job.epochs}", "--device", "cpu",
+            ],
+            cwd=ROOT, check=True, capture_output=True,
+        )  # fmt: skip
+        whole = time.time() - started
+        with (Path(folder) / "speed/metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        rate = statistics.median(float(row["samples_per_second"]) for row in rows[1:])
+        return rate, whole - sum(float(row["seconds"]) for row in rows)
+
+
+def main(job: TrainingSpeed) -> int:
+    if job.bare:
+        print(bare_loop(job))
+        return command_line.DONE
+    from restore_core.pipelines.cluster import KEEP_MEMORY
+
+    bare, whole, start = [], [], []
+    for number in range(job.rounds):
+        for turn in ("bare", "job") if number % 2 else ("job", "bare"):
+            if turn == "job":
+                rate, seconds = the_job(job)
+                whole.append(rate)
+                start.append(seconds)
+            else:
+                done = subprocess.run(  # noqa: S603
+                    [
+                        sys.executable, __file__, "--bare", "--data", job.data, "--preset", job.preset,
+                        "--size", str(job.size), "--epochs", str(job.epochs), "--images", str(job.images),
+                    ],
+                    env={**os.environ, **KEEP_MEMORY}, capture_output=True, text=True, check=True,
+                )  # fmt: skip
+                bare.append(float(done.stdout.split()[-1]))
+        print(f"job {whole}, bare loop {bare}", flush=True)
+    ratios = [one / other for one, other in zip(whole, bare, strict=True)]
+    result = {
+        **provenance.record(),
+        "preset": job.preset,
+        "size": job.size,
+        "samples_per_second": {"job": statistics.median(whole), "bare loop": statistics.median(bare)},
+        "ratio": round(statistics.median(ratios), 3),
+        "seconds_around_the_epochs": round(statistics.median(start), 1),
+        "rounds": {"job": whole, "bare loop": bare},
+    }
+    job.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result["samples_per_second"]), result["ratio"])
+    return command_line.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run(main, TrainingSpeed))

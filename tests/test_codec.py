@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -69,6 +70,10 @@ def restored(source: bytes, pixels: np.ndarray | None = None, **options: bool) -
     return encode(
         255 - picture.pixels if pixels is None else pixels, source, picture=picture, software=SOFTWARE, **options
     )
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> int:
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
 
 
 def failing(data: bytes, error: str, **options: int) -> str:
@@ -458,6 +463,30 @@ def test_grey_and_rgb_jpegs_keep_their_table() -> None:
     assert after.info.get("adobe_transform") == 0
 
 
+def test_rgb_jpeg_with_fewer_samples_of_some_channels_is_written_with_all() -> None:
+    source = bytearray(image_of("JPEG", "RGB", keep_rgb=True))
+    source[source.index(b"\xff\xc0") + 11] = 0x22  # of red alone there are as many samples as pixels
+    after = opened(restored(bytes(source)))
+    assert after.info.get("adobe_transform") == 0 and after.size == opened(bytes(source)).size
+
+
+@pytest.mark.parametrize("unit", [0, 1, 2])
+def test_jpeg_density_keeps_its_unit(unit: int) -> None:
+    source = bytearray(image_of("JPEG", "RGB"))
+    source[13:18] = struct.pack(">BHH", unit, 59, 118)
+    after = opened(restored(bytes(source)))
+    assert (after.info["jfif_unit"], after.info["jfif_density"]) == (unit, (59, 118))
+
+
+@pytest.mark.parametrize("junk", [b"", b"\0\x01junk\xff\xff"])
+def test_metadata_is_taken_out_of_a_jpeg_with_bytes_between_its_segments_and_without_an_end(junk: bytes) -> None:
+    source = image_of("JPEG", "RGB", comment=b"Ann at home", exif=exif_of_a_camera(6))
+    source = source[:20] + junk + source[20:].removesuffix(b"\xff\xd9") + bytes(60)
+    bare = without_metadata(source, picture=decode(source))
+    assert b"Ann" not in bare and opened(bare).getexif()[274] == 6
+    assert np.array_equal(decode(bare).pixels, decode(source).pixels)
+
+
 def test_jpeg_density_comment_and_iptc_are_kept() -> None:
     iptc = b"\xff\xed" + struct.pack(">H", 2 + 20) + b"Photoshop 3.0\0caption"[:20]
     source = image_of("JPEG", "RGB", dpi=(300, 200), comment=b"hello", extra=iptc)
@@ -473,6 +502,24 @@ def test_webp_stays_lossless_or_becomes_no_coarser() -> None:
     assert b"VP8L" in restored(lossless) and b"VP8L" in restored(image_of("WEBP", "RGB", exif=exif_of_a_camera(1)))
     assert b"VP8 " in restored(lossy) and b"VP8L" not in restored(lossy)
     assert np.array_equal(decode(restored(lossy)).alpha, decode(lossy).alpha)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("strip", [False, True])
+@pytest.mark.parametrize("quality", [None, 50])
+def test_webp_with_alpha_stays_so_where_all_is_opaque(quality: int | None, strip: bool) -> None:
+    options = {} if quality is None else {"quality": quality}
+    marked = bytearray(image_of("WEBP", "RGBA", exif=exif_of_a_camera(1), **options))
+    picture = decode(bytes(marked))
+    opaque = np.full((picture.height, picture.width), 255, np.uint8)
+    after = encode(
+        255 - picture.pixels,
+        bytes(marked),
+        picture=replace(picture, alpha=opaque),
+        software=SOFTWARE,
+        strip_metadata=strip,
+    )
+    assert opened(after).mode == "RGBA" and np.array_equal(decode(after).alpha, opaque)  # type: ignore[arg-type]
+    assert difference(decode(after).pixels, 255 - picture.pixels) <= (0 if quality is None else 255)
 
 
 def test_png_chunks_are_carried_byte_for_byte() -> None:
@@ -543,6 +590,30 @@ def test_tiff_tags_are_kept_at_every_compression(compression: str, prefix: bytes
     assert not {271, 305, 700, 34665, 34853, 65001} & set(bare.getexif())
     assert bare.info["compression"] == compression
     assert np.array_equal(np.asarray(bare), np.asarray(Image.open(io.BytesIO(source))))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("damage", [65001, 34665, 33434])
+def test_a_damaged_tag_of_a_tiff_is_left_out(damage: int) -> None:
+    source = bytearray(full_tiff("tiff_lzw", b"II"))
+    at, entry = 0, struct.pack("<H", damage)
+    while source[at + 2 : at + 4] not in (b"\3\0", b"\4\0", b"\5\0"):
+        at = source.index(entry, at + 1)
+    source[at + 8 : at + 12] = b"\xff\xff\xff\x7f"  # where its value is: beyond the file
+    picture = decode(bytes(source))
+    after = restored(bytes(source), picture.pixels)
+    tags = Image.open(io.BytesIO(after)).getexif()
+    assert tags[305] == SOFTWARE and tags[274] == 6 and (65001 in tags) == (damage != 65001)
+    assert (37500 in tags.get_ifd(34665)) == (damage != 34665)
+    assert np.array_equal(decode(after).pixels, picture.pixels)
+    bare = without_metadata(bytes(source), picture=picture)
+    assert decode(bare).orientation == 6 and np.array_equal(decode(bare).pixels, picture.pixels)
+
+
+def test_metadata_of_a_tiff_of_old_style_jpeg_is_not_taken_out() -> None:
+    source = file_of(Image.fromarray(smooth_pixels(11, 7)), "TIFF", tiffinfo={519: (8, 8, 8)})
+    with pytest.raises(ItemError, match=r"^encode: the metadata of this TIFF cannot be taken out \(its pixels are old"):
+        without_metadata(source, picture=decode(source))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

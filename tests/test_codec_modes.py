@@ -280,6 +280,35 @@ def test_a_transparent_gif_stays_transparent() -> None:
     )
 
 
+@pytest.mark.parametrize("colours", [1, 128, 255])
+def test_a_gif_keeps_a_transparent_index_that_no_pixel_has(colours: int) -> None:
+    image = palette_image(colours)
+    image.putpalette([*image.getpalette()[: 3 * colours], 1, 2, 3])
+    source = saved(image, "GIF", transparency=colours, optimize=False)
+    assert "transparency" in opened(source).info
+    after = opened(changed(source))
+    assert after.mode == "P" and "transparency" in after.info
+    assert np.asarray(after.convert("RGBA"))[..., 3].min() == 255
+
+
+def test_a_grey_gif_keeps_its_transparent_tone() -> None:
+    tones = np.asarray(Image.fromarray(smooth()).convert("L")).copy()
+    tones[15:20, 30:] = 135  # what `changed` paints, so that it comes upon it by chance
+    source = saved(Image.fromarray(tones), "GIF", transparency=135, optimize=False, duration=70, loop=3)
+    before, after = opened(source), opened(changed(source))
+    assert before.mode == after.mode == "L"
+    clear = [np.asarray(image.convert("RGBA"))[..., 3] == 0 for image in (before, after)]
+    assert clear[0].any() and np.array_equal(*clear)
+    assert np.array_equal(np.asarray(before)[REST], np.asarray(after)[REST])
+    assert after.info["duration"] == 70 and after.info["loop"] == 3
+
+
+def test_a_grey_gif_with_a_palette_keeps_it() -> None:
+    source = saved(Image.fromarray(smooth()).convert("L"), "GIF", optimize=False)
+    assert opened(source).mode == opened(changed(source)).mode == "L"
+    assert changed(source)[13 : 13 + 768] == source[13 : 13 + 768]
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_one_transparent_colour_stays_where_it_was(mode: str) -> None:
     pixels = np.asarray(Image.fromarray(smooth()).convert(mode)).copy()
@@ -330,6 +359,17 @@ def test_metadata_of_avif_is_taken_out_in_place(frames: int, orientation: int) -
         image.seek(frame)
         before.seek(frame)
         assert np.array_equal(np.asarray(image), np.asarray(before))
+
+
+def test_an_avif_turned_by_its_xmp_alone_keeps_it_or_is_told() -> None:
+    xmp = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="3"/>'
+    source = saved(Image.fromarray(smooth()), "AVIF", xmp=xmp)
+    picture = decode(source)
+    assert picture.orientation == 3
+    with pytest.raises(
+        ItemError, match=r"^encode: the metadata of this AVIF .* \(there is no place for its orientation"
+    ):
+        without_metadata(source, picture=picture)
 
 
 @pytest.mark.parametrize("place", range(12, 400, 7))

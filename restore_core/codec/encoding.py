@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFile, ImageSequence
@@ -46,7 +47,7 @@ def encode(pixels: Pixels, source: bytes, *, picture: Picture, software: str, st
             case "PNG":
                 return _encode_png(pixels, picture, original, source, block, strip_metadata)
             case "WEBP":
-                return _saved(_image(pixels, picture), "WEBP", **_webp_options(original, source, block, strip_metadata))
+                return _encode_webp(pixels, picture, original, source, block, strip_metadata)
             case "AVIF":
                 image = _image(pixels, picture)
                 return _saved(image, "AVIF", **_avif_options(image, original, block, strip_metadata))
@@ -208,10 +209,8 @@ def _gif_frame(image: Image.Image) -> Image.Image:
 def _strip_jpeg(source: bytes, block: bytes) -> bytes:
     """Without what follows the picture, such as others with metadata of their own (MPO)."""
     kept, at = [source[:2]], 2
-    while at + 4 <= len(source) and source[at + 1] != 0xD9:  # end of image
-        if source[at] != 0xFF:
-            raise ItemError("encode", "its metadata cannot be taken out: the segments are damaged")
-        if source[at + 1] == 0xFF:  # a filling byte
+    while at + 4 <= len(source) and source[at : at + 2] != _JPEG_END:
+        if source[at] != 0xFF or source[at + 1] in (0, 0xFF):  # decoders pass over it
             at += 1
             continue
         end = at + 2 + int.from_bytes(source[at + 2 : at + 4], "big")
@@ -225,7 +224,7 @@ def _strip_jpeg(source: bytes, block: bytes) -> bytes:
         at = end
     if block:
         kept.insert(1, struct.pack(">BBH", 0xFF, 0xE1, len(block) + 8) + b"Exif\0\0" + block)
-    return b"".join([*kept, source[at : at + 2]])
+    return b"".join([*kept, _JPEG_END])
 
 
 def _strip_webp(source: bytes, block: bytes) -> bytes:
@@ -273,18 +272,27 @@ def _encode_jpeg(image: Image.Image, original: JpegImageFile, block: bytes, stri
         tables, sampling = [[min(steps) for steps in zip(*tables, strict=True)]], 0
     if len(block) > 65_527:  # it fitted before the note was added; JPEG segments end at 64 KiB
         block = exif.bare(info.get("exif"))
-    return _saved(
+    keep_rgb = info.get("adobe_transform") == 0 and len(tables) == 3
+    jpeg = _saved(
         image,
         "JPEG",
         qtables=tables[:2] if tables[1:2] == tables[2:3] else tables,
-        subsampling=sampling if sampling >= 0 else 0,  # kinds that Pillow cannot write: keep all of the colour
-        keep_rgb=info.get("adobe_transform") == 0 and len(tables) == 3,
+        # kinds that Pillow cannot write, and any of RGB as it is: keep all of the colour
+        subsampling=sampling if sampling >= 0 and not keep_rgb else 0,
+        keep_rgb=keep_rgb,
         progressive=bool(info.get("progressive")),
-        dpi=info["dpi"] if info.get("jfif_unit") in (1, 2) else (0, 0),
         icc_profile=info.get("icc_profile"),
         exif=b"Exif\0\0" + block if block else b"",
         **({} if strip else options),
     )
+    return _with_jpeg_density(jpeg, info)
+
+
+def _with_jpeg_density(jpeg: bytes, info: dict[str | tuple[int, int], Any]) -> bytes:
+    """The source's JFIF density in its own unit, also where that is none and it tells the pixels' aspect ratio."""
+    if jpeg[6:11] != b"JFIF\0" or "jfif_density" not in info:
+        return jpeg
+    return jpeg[:13] + struct.pack(">BHH", info["jfif_unit"], *info["jfif_density"]) + jpeg[18:]
 
 
 def _segments(original: JpegImageFile) -> bytes:
@@ -300,6 +308,26 @@ def _segments(original: JpegImageFile) -> bytes:
     )
 
 
+def _encode_webp(
+    pixels: Pixels, picture: Picture, original: ImageFile.ImageFile, source: bytes, block: bytes, strip: bool
+) -> bytes:
+    webp = _saved(_image(pixels, picture), "WEBP", **_webp_options(original, source, block, strip))
+    return webp if picture.alpha is None else _with_alpha_marks(webp, picture)
+
+
+def _with_alpha_marks(webp: bytes, picture: Picture) -> bytes:
+    """The marks of an alpha channel, which libwebp leaves out where all is opaque."""
+    chunks = webp[12:]
+    if not chunks.startswith(b"VP8X"):
+        sides = b"".join((side - 1).to_bytes(3, "little") for side in (picture.width, picture.height))
+        chunks = b"VP8X" + struct.pack("<II", 10, 0) + sides + chunks
+    file = bytearray(b"RIFF" + struct.pack("<I", len(chunks) + 4) + b"WEBP" + chunks)
+    file[20] |= 0x10
+    if _lossless(file):
+        file[_webp_pixels(file) + 12] |= 0x10
+    return bytes(file)
+
+
 def _webp_options(original: ImageFile.ImageFile, source: bytes, block: bytes, strip: bool) -> dict[str, object]:
     quality = {"lossless": True, "quality": 20, "method": 1} if _lossless(source) else {"quality": 95}
     return quality | {
@@ -311,14 +339,20 @@ def _webp_options(original: ImageFile.ImageFile, source: bytes, block: bytes, st
     }
 
 
-def _lossless(webp: bytes) -> bool:
+def _lossless(webp: bytes | bytearray) -> bool:
+    at = _webp_pixels(webp)
+    return webp[at : at + 4] == b"VP8L"
+
+
+def _webp_pixels(webp: bytes | bytearray) -> int:
+    """Where the chunk of the pixels, or of the first frame's, begins."""
     at = 12
     while at + 8 <= len(webp) and webp[at : at + 4] not in (b"VP8L", b"VP8 "):
         if webp[at : at + 4] == b"ANMF":  # a frame: its chunks follow
             at += 24
             continue
         at += 8 + (int.from_bytes(webp[at + 4 : at + 8], "little") + 1) // 2 * 2
-    return webp[at : at + 4] == b"VP8L"
+    return at
 
 
 _PNG_LAYOUT = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"hIST", b"acTL", b"fcTL", b"fdAT", b"eXIf")
@@ -433,6 +467,7 @@ def _png_chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 _PNG_COLOURS = {2: 3, 4: 5, 8: 17}
 """By bits a pixel: fewer fit into less."""
+_JPEG_END = b"\xff\xd9"
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 """That is no part of coded pixels (escaped bytes, restarts)."""
 _TIFF_LOSSLESS = ("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "lzma", "zstd")
@@ -466,11 +501,12 @@ def _encode_tiff(
         )
     layout, _ = exif.read_ifd(tiff, exif.first_ifd(tiff))
     entries = {entry.tag: entry for entry in layout}
-    for entry in exif.read_ifd(source, exif.first_ifd(source))[0]:
-        if strip and entry.tag not in (*_TIFF_RESOLUTION, exif.ORIENTATION):
-            continue
-        if entry.tag not in _TIFF_LAYOUT:
-            entries[entry.tag] = exif.moved(entry, source, tiff)
+    kept = [
+        entry
+        for entry in exif.read_ifd(source, exif.first_ifd(source), skip_damaged=True)[0]
+        if entry.tag not in _TIFF_LAYOUT and (not strip or entry.tag in (*_TIFF_RESOLUTION, exif.ORIENTATION))
+    ]
+    entries |= {entry.tag: entry for entry in exif.all_moved(kept, source, tiff)}
     if not strip:
         entries[exif.SOFTWARE] = exif.text_entry(exif.SOFTWARE, software)
     exif.write_first_ifd(tiff, entries.values(), 0)
@@ -506,24 +542,25 @@ def _avif_options(image: Image.Image, original: ImageFile.ImageFile, block: byte
 
 
 def _encode_gif(pixels: Pixels, picture: Picture, original: ImageFile.ImageFile, strip: bool) -> bytes:
-    options = {"interlace": bool(original.info.get("interlace")), **_gif_comment(original, strip)}
-    if picture.mode == "L" and picture.alpha is None:
-        return _without_gif_palette(_saved(_image(pixels, picture), "GIF", optimize=False, **options))
-    return _saved(_with_gif_palette(pixels, picture.alpha), "GIF", **options)
-
-
-def _without_gif_palette(source: bytes) -> bytes:
-    """A GIF of grey tones in their order, as one without a palette is read; Pillow always writes a palette."""
-    tones = bytes(tone for tone in range(256) for _ in range(3))
-    if source[13 : 13 + len(tones)] != tones:
-        return source
-    return source[:10] + bytes([source[10] & 0x70]) + source[11:13] + source[13 + len(tones) :]
+    options = {"interlace": bool(original.info.get("interlace")), "optimize": False, **_gif_comment(original, strip)}
+    if picture.left_out == 0:
+        options |= {name: original.info[name] for name in ("duration", "loop") if name in original.info}
+    if picture.mode == "P":
+        return _saved(_with_gif_palette(pixels, picture.alpha), "GIF", **options)
+    if picture.alpha is not None:
+        options["transparency"] = key = original.info["transparency"]
+        pixels = _keyed(pixels, picture, key)
+    return _saved(_image(pixels, replace(picture, alpha=None)), "GIF", **options)
 
 
 def _with_gif_palette(pixels: Pixels, alpha: Pixels | None) -> Image.Image:
-    image, alphas = colour.with_palette(pixels, alpha, 256)
-    if 0 in alphas:
-        image.info["transparency"] = alphas.index(0)
+    """An index that is transparent, if any is, also where no pixel has it."""
+    unused = alpha is not None and alpha.all()
+    image, alphas = colour.with_palette(pixels, alpha, 255 if unused else 256)
+    if unused:
+        image.putpalette([*(image.getpalette() or []), 0, 0, 0])
+    if alpha is not None:
+        image.info["transparency"] = (alphas + b"\0").index(0)
     return image
 
 

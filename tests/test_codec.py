@@ -205,21 +205,22 @@ def tagged_tiff(**tags: object) -> bytes:
 
 
 GREY16 = Image.fromarray(np.full((4, 4), 40_000, np.uint16))
+GREY4 = struct.pack(">IIBBBBB", 4, 4, 4, 0, 0, 0, 0)
 RGB = Image.new("RGB", (4, 4))
 
 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (file_of(RGB.convert("P"), "PNG", bits=1), "PNG with 1 bits a channel; convert it to 8-bit grey, RGB or RGBA"),
+        (file_of(RGB.convert("P"), "PNG", bits=1), "PNG with 1 bit a channel; convert it to 8-bit grey, RGB or RGBA"),
         (file_of(RGB.convert("1"), "PNG"), "PNG with 1-bit"),
         (file_of(RGB.convert("1"), "TIFF"), "TIFF with 1-bit"),
+        (file_of(RGB.convert("1"), "BMP"), "BMP with 1-bit"),
+        (png_of((b"IHDR", GREY4), (b"tRNS", b"\0\7"), (b"IDAT", b""), (b"IEND", b"")), "PNG of 4 bits with one colour"),
         (file_of(GREY16, "PNG", transparency=7), "PNG of 16 bits with one colour marked as transparent"),
         (file_of(GREY16, "JPEG2000"), "JPEG2000 with 16 bits a channel"),
         (file_of(Image.new("F", (4, 4)), "TIFF"), "TIFF with floating point"),
         (png_header(4, 4, 16, 4), "PNG with 16 bits a channel and alpha"),
-        (png_header(4, 4, 4, 0), "PNG with 4 bits a channel"),
-        (file_of(RGB, "BMP")[:28] + b"\x10" + file_of(RGB, "BMP")[29:], "BMP with 16 bits a pixel"),
         (frames("GIF"), "GIF with 2 frames or pages; use --frames, or split it"),
         (frames("PNG"), "PNG with 2 frames or pages"),
         (frames("WEBP"), "WEBP with 2 frames or pages"),
@@ -545,9 +546,10 @@ def test_png_exif_of_older_imagemagick_counts() -> None:
     assert dict(opened(restored(source, strip_metadata=True)).getexif()) == {274: 6}
 
 
-def test_bmp_keeps_its_resolution() -> None:
-    source = image_of("BMP", "RGB", dpi=(300, 300))
-    assert opened(restored(source)).info["dpi"] == opened(source).info["dpi"]
+@pytest.mark.parametrize("dpi", [(300, 300), (0, 0)])
+def test_bmp_keeps_its_resolution(dpi: tuple[int, int]) -> None:
+    source = image_of("BMP", "RGB", dpi=dpi)
+    assert opened(restored(source)).info.get("dpi") == opened(source).info.get("dpi")
 
 
 def full_tiff(compression: str, prefix: bytes) -> bytes:

@@ -41,7 +41,7 @@ def without_metadata(source: bytes, exif: bytes) -> bytes:
                 if place + length > len(file):
                     raise ValueError("an item lies outside of the file")
                 file[place : place + length], content = content[:length], content[length:]
-    if exif and not written:
+    if exif and not (written or b"irot" in source or b"imir" in source):  # which turn it without EXIF
         raise ValueError("there is no place for its orientation")
     return bytes(file)
 

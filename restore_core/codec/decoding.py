@@ -15,7 +15,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from restore_core import exif
-from restore_core.codec import colour, jpeg2000
+from restore_core.codec import bmp, colour, jpeg2000
 from restore_core.codec.colour import Native, Pixels
 from restore_core.codec.frames import split, too_large
 from restore_core.errors import ErrorClass, ItemError
@@ -123,7 +123,7 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, frames: Frames 
         if image.mode in ("RGB", "RGBA") and _is_deep(image, data):
             pixels, alpha, native = colour.rgb_of_deep(_deep_values(image, data, max_pixels))
         else:
-            pixels, alpha, native = colour.rgb_of(_loaded(image))
+            pixels, alpha, native = colour.rgb_of(as_stored(image))
         if native is None and alpha is None and isinstance(key := image.info.get("transparency"), (int, tuple)):
             alpha = np.where((pixels == np.asarray(key, np.uint8)).all(axis=2), 0, 255).astype(np.uint8)
     return Picture(
@@ -140,7 +140,7 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, frames: Frames 
     )
 
 
-def _loaded(image: ImageFile.ImageFile) -> Image.Image:
+def as_stored(image: ImageFile.ImageFile) -> Image.Image:
     """The pixels as they are stored: Pillow turns TIFF upright."""
     undo = _UNDO_TRANSPOSE.get(_tiff_orientation(image) or 1)
     image.load()
@@ -154,7 +154,7 @@ def _deep_values(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> Na
     """
     other = open_header(data, max_pixels=max_pixels)
     other.tile = [tile._replace(args=_swapped(tile.args)) for tile in other.tile]
-    high, low = (np.asarray(_loaded(one)) for one in (image, other))
+    high, low = (np.asarray(as_stored(one)) for one in (image, other))
     deep = high.astype(np.uint16)
     deep <<= 8
     deep |= low
@@ -252,7 +252,7 @@ _FORMAT_MODES = {
     "PNG": ("L", "LA", "RGB", "RGBA", "P", *DEEP_MODES),
     "WEBP": ("RGB", "RGBA"),
     "TIFF": MODES,
-    "BMP": ("L", "RGB", "P"),
+    "BMP": ("L", "RGB", "RGBA", "P"),
     "GIF": ("L", "P"),
     "AVIF": ("L", "RGB", "RGBA"),
     "JPEG2000": ("L", "LA", "RGB", "RGBA"),
@@ -276,9 +276,9 @@ def _unsupported(image: ImageFile.ImageFile, data: bytes, frames: int) -> str | 
         case "PNG":
             return _unsupported_png(image, data)
         case "BMP":
-            depth = int.from_bytes(data[24:26] if data[14] == 12 else data[28:30], "little")
-            if depth == 16 or (image.mode == "P" and depth != 8):
-                return f"BMP with {depth} bits a pixel; convert it to PNG first"
+            depth = bmp.depth(data)
+            if depth == 1 or (image.mode == "L" and depth != 8):
+                return f"BMP with {depth} bits a pixel{' and grey' * (depth > 1)}; convert it to PNG first"
         case "AVIF":
             at = data.find(b"av1C")
             if at < 0 or data[at + 6] & 0x40:
@@ -289,12 +289,14 @@ def _unsupported(image: ImageFile.ImageFile, data: bytes, frames: int) -> str | 
 
 
 def _unsupported_png(image: ImageFile.ImageFile, data: bytes) -> str | None:
-    depth, deep = data[24], _is_deep(image, data)
-    # Pillow silently makes 8 bits of 2, 4 and 16
-    if depth < (2 if image.mode == "P" else 8) or (deep and image.mode == "RGBA" and data[25] == 4):
-        return f"PNG with {depth} bits a channel{' and alpha' * deep}; convert it to 8-bit grey, RGB or RGBA first"
-    if deep and isinstance(image.info.get("transparency"), (bytes, int, tuple)):  # a text of that name is only a text
-        return "PNG of 16 bits with one colour marked as transparent; convert it to an alpha channel first"
+    depth, deep, convert = data[24], _is_deep(image, data), "convert it to 8-bit grey, RGB or RGBA first"
+    if depth == 1:
+        return f"PNG with 1 bit a channel; {convert}"
+    if deep and image.mode == "RGBA" and data[25] == 4:  # Pillow makes 8 bits of them
+        return f"PNG with 16 bits a channel and alpha; {convert}"
+    # Pillow takes the 8-bit value for the file's; a text of that name is only a text
+    if depth != 8 and image.mode != "P" and isinstance(image.info.get("transparency"), (bytes, int, tuple)):
+        return f"PNG of {depth} bits with one colour marked as transparent; convert it to an alpha channel first"
     return None
 
 

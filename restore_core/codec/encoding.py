@@ -14,9 +14,17 @@ from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 from PIL.TiffImagePlugin import TiffImageFile
 
 from restore_core import exif
-from restore_core.codec import avif, colour, jpeg2000
+from restore_core.codec import avif, bmp, colour, jpeg2000
 from restore_core.codec.colour import Native, Pixels
-from restore_core.codec.decoding import BROKEN_FILE, DEFAULT_MAX_PIXELS, Picture, decode, one_line, open_header
+from restore_core.codec.decoding import (
+    BROKEN_FILE,
+    DEFAULT_MAX_PIXELS,
+    Picture,
+    as_stored,
+    decode,
+    one_line,
+    open_header,
+)
 from restore_core.codec.frames import alphas, animation_options
 from restore_core.errors import ItemError
 
@@ -55,8 +63,10 @@ def encode(pixels: Pixels, source: bytes, *, picture: Picture, software: str, st
                 return _encode_gif(pixels, picture, original, strip_metadata)
             case "JPEG2000":
                 return _encode_jpeg2000(_image(pixels, picture), source, strip_metadata)
-        image = colour.with_palette(pixels, None, 256)[0] if picture.mode == "P" else _image(pixels, picture)
-        return _saved(image, "BMP", dpi=original.info.get("dpi", (96, 96)))
+        if picture.mode == "P":
+            image, _ = colour.with_palette(pixels, None, 2 ** bmp.depth(source), as_stored(original))
+            return bmp.encoded(image, source)
+        return bmp.encoded(_image(pixels, picture), source)
     except (*BROKEN_FILE, MemoryError) as error:
         raise ItemError(
             "encode", one_line(f"cannot write as {original.format}: {error or type(error).__name__}")
@@ -377,13 +387,15 @@ def _encode_png(
     transparency: list[tuple[bytes, bytes]] = []
     if picture.mode == "P":
         depth = source[24]
-        image, alphas = colour.with_palette(pixels, picture.alpha, 2**depth)
+        image, alphas = colour.with_palette(pixels, picture.alpha, 2**depth, as_stored(original))
         palette = image.getpalette() or []
         # Pillow takes fewer bits a pixel where the palette has few colours: the last one again until it does not.
         image.putpalette(palette + palette[-3:] * (_PNG_COLOURS[depth] - len(palette) // 3))
         png = _saved(image, "PNG", compress_level=1, bits=depth, **({"transparency": alphas} if alphas else {}))
     elif _has_deep_colour(picture):
         png = _deep_png(_native(pixels, picture))
+    elif picture.mode == "L" and source[24] < 8:
+        png = _shallow_png(_image(pixels, picture), source[24])
     elif picture.alpha is not None and isinstance(key := original.info.get("transparency"), (int, tuple)):
         visible = replace(picture, alpha=None)
         png = _saved(_image(_keyed(pixels, picture, key), visible), "PNG", compress_level=1)
@@ -444,6 +456,15 @@ def _deep_png(deep: Native) -> bytes:
     return _png(b"\x89PNG\r\n\x1a\n", [(b"IHDR", header), (b"IDAT", b"".join(packed)), (b"IEND", b"")])
 
 
+def _shallow_png(image: Image.Image, bits: int) -> bytes:
+    """Grey of 2 or 4 bits, which Pillow does not write: as a picture with a palette, without the palette."""
+    steps = Image.fromarray(colour.steps_of(np.asarray(image), bits))
+    steps.putpalette(bytes(3 * 2**bits))
+    (_, header), *others = _png_chunks(_saved(steps, "PNG", compress_level=1, bits=bits))
+    gray = (b"IHDR", header[:9] + b"\0" + header[10:])
+    return _png(b"\x89PNG\r\n\x1a\n", [gray, *(chunk for chunk in others if chunk[0] != b"PLTE")])
+
+
 def _strip_png(source: bytes, block: bytes) -> bytes:
     chunks = [chunk for chunk in _png_chunks(source) if chunk[0] != b"eXIf" and (chunk[0] in _PNG_LAYOUT + _PNG_COLOUR)]
     if block:
@@ -490,9 +511,13 @@ def _encode_tiff(
     if _has_deep_colour(picture):
         tiff = bytearray(_deep_tiff(_native(pixels, picture), "zlib" if compression != "raw" else None, icc_profile))
     else:
+        if picture.mode == "P":
+            image, _ = colour.with_palette(pixels, None, 256, as_stored(original))
+        else:
+            image = _image(pixels, picture)
         tiff = bytearray(
             _saved(
-                colour.with_palette(pixels, None, 256)[0] if picture.mode == "P" else _image(pixels, picture),
+                image,
                 "TIFF",
                 compression=compression if compression in _TIFF_LOSSLESS else "tiff_adobe_deflate",
                 icc_profile=icc_profile,
@@ -501,12 +526,12 @@ def _encode_tiff(
         )
     layout, _ = exif.read_ifd(tiff, exif.first_ifd(tiff))
     entries = {entry.tag: entry for entry in layout}
-    kept = [
+    tags = [
         entry
         for entry in exif.read_ifd(source, exif.first_ifd(source), skip_damaged=True)[0]
         if entry.tag not in _TIFF_LAYOUT and (not strip or entry.tag in (*_TIFF_RESOLUTION, exif.ORIENTATION))
     ]
-    entries |= {entry.tag: entry for entry in exif.all_moved(kept, source, tiff)}
+    entries |= {entry.tag: entry for entry in exif.all_moved(tags, source, tiff)}
     if not strip:
         entries[exif.SOFTWARE] = exif.text_entry(exif.SOFTWARE, software)
     exif.write_first_ifd(tiff, entries.values(), 0)
@@ -546,18 +571,18 @@ def _encode_gif(pixels: Pixels, picture: Picture, original: ImageFile.ImageFile,
     if picture.left_out == 0:
         options |= {name: original.info[name] for name in ("duration", "loop") if name in original.info}
     if picture.mode == "P":
-        return _saved(_with_gif_palette(pixels, picture.alpha), "GIF", **options)
+        return _saved(_with_gif_palette(pixels, picture.alpha, as_stored(original)), "GIF", **options)
     if picture.alpha is not None:
         options["transparency"] = key = original.info["transparency"]
         pixels = _keyed(pixels, picture, key)
     return _saved(_image(pixels, replace(picture, alpha=None)), "GIF", **options)
 
 
-def _with_gif_palette(pixels: Pixels, alpha: Pixels | None) -> Image.Image:
+def _with_gif_palette(pixels: Pixels, alpha: Pixels | None, own: Image.Image | None = None) -> Image.Image:
     """An index that is transparent, if any is, also where no pixel has it."""
     unused = alpha is not None and alpha.all()
-    image, alphas = colour.with_palette(pixels, alpha, 255 if unused else 256)
-    if unused:
+    image, alphas = colour.with_palette(pixels, alpha, 255 if unused else 256, own)
+    if unused and 0 not in alphas:
         image.putpalette([*(image.getpalette() or []), 0, 0, 0])
     if alpha is not None:
         image.info["transparency"] = (alphas + b"\0").index(0)

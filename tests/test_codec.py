@@ -538,6 +538,20 @@ def test_png_chunks_are_carried_byte_for_byte() -> None:
     assert "Title" not in stripped.info and stripped.info["gamma"] == 0.45455
 
 
+@pytest.mark.parametrize("mode", ["RGB", "P", "I;16"])
+def test_a_png_whose_header_is_not_its_first_chunk_keeps_its_kind(mode: str) -> None:
+    image = Image.fromarray(random_pixels(11, 7, 3)).convert("L" if mode == "I;16" else mode)
+    source = file_of(image.convert("I;16") if mode == "I;16" else image, "PNG")
+    at = source.index(b"IDAT") - 4
+    other = png_of((b"IHDR", struct.pack(">IIBBBBB", 3, 3, 1, 0, 0, 0, 0)))[8:]
+    moved = source[:8] + png_of((b"tEXt", b"Title\0a"))[8:] + other + source[8:at] + source[at:]
+    picture = decode(moved)
+    assert picture.mode == mode and np.array_equal(picture.pixels, decode(source).pixels)
+    after = restored(moved)
+    assert opened(after).mode == mode and opened(after).text == {"Title": "a"}  # type: ignore[attr-defined]
+    assert after[24:26] == source[24:26]
+
+
 def test_png_exif_of_older_imagemagick_counts() -> None:
     exif, info = exif_of_a_camera(6), PngInfo()
     info.add_text("Raw profile type exif", f"\nexif\n{len(exif):8}\n{exif.hex()}\n", zip=True)

@@ -15,7 +15,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from restore_core import exif
-from restore_core.codec import bmp, colour, jpeg2000
+from restore_core.codec import bmp, colour, jpeg2000, png
 from restore_core.codec.colour import Native, Pixels
 from restore_core.codec.frames import split, too_large
 from restore_core.errors import ErrorClass, ItemError
@@ -288,11 +288,16 @@ def _unsupported(image: ImageFile.ImageFile, data: bytes, frames: int) -> str | 
     return _unsupported_tiff(image, data) if isinstance(image, TiffImageFile) else None
 
 
+_GRAY_ALPHA = 4
+"""Colour type of PNG."""
+
+
 def _unsupported_png(image: ImageFile.ImageFile, data: bytes) -> str | None:
-    depth, deep, convert = data[24], _is_deep(image, data), "convert it to 8-bit grey, RGB or RGBA first"
+    convert = "convert it to 8-bit grey, RGB or RGBA first"
+    (depth, kind), deep = png.depth_and_colour(data), _is_deep(image, data)
     if depth == 1:
         return f"PNG with 1 bit a channel; {convert}"
-    if deep and image.mode == "RGBA" and data[25] == 4:  # Pillow makes 8 bits of them
+    if deep and image.mode == "RGBA" and kind == _GRAY_ALPHA:  # Pillow makes 8 bits of them
         return f"PNG with 16 bits a channel and alpha; {convert}"
     # Pillow takes the 8-bit value for the file's; a text of that name is only a text
     if depth != 8 and image.mode != "P" and isinstance(image.info.get("transparency"), (bytes, int, tuple)):
@@ -304,7 +309,7 @@ def _is_deep(image: ImageFile.ImageFile, data: bytes) -> bool:
     """16 bits a channel."""
     if isinstance(image, TiffImageFile):
         return set(_as_tuple(image.tag_v2.get(258, 1))) == {16}
-    return image.format == "PNG" and data[24] == 16
+    return image.format == "PNG" and png.depth_and_colour(data)[0] == 16
 
 
 def _unsupported_tiff(image: TiffImageFile, data: bytes) -> str | None:

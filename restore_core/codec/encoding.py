@@ -4,7 +4,7 @@ import io
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 from PIL.TiffImagePlugin import TiffImageFile
 
 from restore_core import exif
-from restore_core.codec import avif, bmp, colour, jpeg2000
+from restore_core.codec import avif, bmp, colour, jpeg2000, png
 from restore_core.codec.colour import Native, Pixels
 from restore_core.codec.decoding import (
     BROKEN_FILE,
@@ -178,8 +178,8 @@ def _animation(
             frames = [_gif_frame(image) for image in images]
             return _saved_frames(frames, "GIF", options | _gif_comment(original, strip))
         case "PNG":
-            png = _saved_frames(images, "PNG", options | {"compress_level": 1})
-            return _png_like(source, list(_png_chunks(png)), [], block, strip)
+            new = _saved_frames(images, "PNG", options | {"compress_level": 1})
+            return _png_like(source, list(png.chunks(new)), [], block, strip)
         case "AVIF":
             return _saved_frames(images, "AVIF", options | _avif_options(images[0], original, block, strip))
     return _saved_frames(images, "WEBP", options | _webp_options(original, source, block, strip))
@@ -371,7 +371,7 @@ _PNG_COLOUR = (b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP", b"sBIT", b"pHYs")
 
 
 def _png_exif(original: ImageFile.ImageFile, source: bytes) -> bytes:
-    for kind, body in _png_chunks(source):
+    for kind, body in png.chunks(source):
         if kind == b"eXIf":
             return body
     text = original.info.get("Raw profile type exif")  # where older ImageMagick put it
@@ -384,36 +384,33 @@ def _png_exif(original: ImageFile.ImageFile, source: bytes) -> bytes:
 def _encode_png(
     pixels: Pixels, picture: Picture, original: ImageFile.ImageFile, source: bytes, block: bytes, strip: bool
 ) -> bytes:
-    transparency: list[tuple[bytes, bytes]] = []
+    transparency: list[png.Chunk] = []
+    depth, _ = png.depth_and_colour(source)
     if picture.mode == "P":
-        depth = source[24]
         image, alphas = colour.with_palette(pixels, picture.alpha, 2**depth, as_stored(original))
         palette = image.getpalette() or []
         # Pillow takes fewer bits a pixel where the palette has few colours: the last one again until it does not.
         image.putpalette(palette + palette[-3:] * (_PNG_COLOURS[depth] - len(palette) // 3))
-        png = _saved(image, "PNG", compress_level=1, bits=depth, **({"transparency": alphas} if alphas else {}))
+        new = _saved(image, "PNG", compress_level=1, bits=depth, **({"transparency": alphas} if alphas else {}))
     elif _has_deep_colour(picture):
-        png = _deep_png(_native(pixels, picture))
-    elif picture.mode == "L" and source[24] < 8:
-        png = _shallow_png(_image(pixels, picture), source[24])
+        new = _deep_png(_native(pixels, picture))
+    elif picture.mode == "L" and depth < 8:
+        new = _shallow_png(_image(pixels, picture), depth)
     elif picture.alpha is not None and isinstance(key := original.info.get("transparency"), (int, tuple)):
         visible = replace(picture, alpha=None)
-        png = _saved(_image(_keyed(pixels, picture, key), visible), "PNG", compress_level=1)
-        transparency = [chunk for chunk in _png_chunks(source) if chunk[0] == b"tRNS"]
+        new = _saved(_image(_keyed(pixels, picture, key), visible), "PNG", compress_level=1)
+        transparency = [chunk for chunk in png.chunks(source) if chunk[0] == b"tRNS"]
     else:
-        png = _saved(_image(pixels, picture), "PNG", compress_level=1)
-    return _png_like(source, list(_png_chunks(png)), transparency, block, strip)
+        new = _saved(_image(pixels, picture), "PNG", compress_level=1)
+    return _png_like(source, list(png.chunks(new)), transparency, block, strip)
 
 
-def _png_like(
-    source: bytes, new: list[tuple[bytes, bytes]], transparency: list[tuple[bytes, bytes]], block: bytes, strip: bool
-) -> bytes:
+def _png_like(source: bytes, new: list[png.Chunk], transparency: list[png.Chunk], block: bytes, strip: bool) -> bytes:
     """The new file's pixels among the source's ancillary chunks, byte for byte."""
-    old = list(_png_chunks(source))
+    old = list(png.chunks(source))
     first = next(index for index, (kind, _) in enumerate(old) if kind == b"IDAT")
     before = [chunk for chunk in old[:first] if _is_kept(chunk[0], strip)]
-    return _png(
-        source[:8],
+    return png.joined(
         [
             new[0],
             *before,
@@ -453,37 +450,23 @@ def _deep_png(deep: Native) -> bytes:
         above = values
     packed.append(packer.flush())
     header = struct.pack(">IIBBBBB", width, height, 16, 6 if channels == 4 else 2, 0, 0, 0)
-    return _png(b"\x89PNG\r\n\x1a\n", [(b"IHDR", header), (b"IDAT", b"".join(packed)), (b"IEND", b"")])
+    return png.joined([(b"IHDR", header), (b"IDAT", b"".join(packed)), (b"IEND", b"")])
 
 
 def _shallow_png(image: Image.Image, bits: int) -> bytes:
     """Grey of 2 or 4 bits, which Pillow does not write: as a picture with a palette, without the palette."""
     steps = Image.fromarray(colour.steps_of(np.asarray(image), bits))
     steps.putpalette(bytes(3 * 2**bits))
-    (_, header), *others = _png_chunks(_saved(steps, "PNG", compress_level=1, bits=bits))
+    (_, header), *others = png.chunks(_saved(steps, "PNG", compress_level=1, bits=bits))
     gray = (b"IHDR", header[:9] + b"\0" + header[10:])
-    return _png(b"\x89PNG\r\n\x1a\n", [gray, *(chunk for chunk in others if chunk[0] != b"PLTE")])
+    return png.joined([gray, *(chunk for chunk in others if chunk[0] != b"PLTE")])
 
 
 def _strip_png(source: bytes, block: bytes) -> bytes:
-    chunks = [chunk for chunk in _png_chunks(source) if chunk[0] != b"eXIf" and (chunk[0] in _PNG_LAYOUT + _PNG_COLOUR)]
+    chunks = [chunk for chunk in png.chunks(source) if chunk[0] != b"eXIf" and (chunk[0] in _PNG_LAYOUT + _PNG_COLOUR)]
     if block:
         chunks.insert(1, (b"eXIf", block))
-    return _png(source[:8], chunks)
-
-
-def _png(signature: bytes, chunks: list[tuple[bytes, bytes]]) -> bytes:
-    return signature + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
-    )
-
-
-def _png_chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
-    at = 8
-    while at + 12 <= len(png):
-        size = int.from_bytes(png[at : at + 4], "big")
-        yield png[at + 4 : at + 8], png[at + 8 : at + 8 + size]
-        at += size + 12
+    return png.joined(chunks)
 
 
 _PNG_COLOURS = {2: 3, 4: 5, 8: 17}

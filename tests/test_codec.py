@@ -151,6 +151,18 @@ def test_other_files_are_not_images(data: bytes) -> None:
     assert message == "empty file" if not data else "JPEG, PNG" in message and data[:4].hex(" ") in message
 
 
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0" + bytes(100), "HEIF"), (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (file_of(Image.new("RGB", (4, 4)), "PPM"), "PNM"), (file_of(Image.new("RGB", (16, 16)), "ICO"), "icon"),
+        (b"8BPS\0\1" + bytes(100), "Photoshop"), (file_of(Image.new("RGB", (4, 4)), "DDS"), "DDS"),
+    ],
+)  # fmt: skip
+def test_images_of_other_formats_are_refused_by_name(data: bytes, name: str) -> None:
+    assert failing(data, "unsupported") == f"{name}; convert it to JPEG, PNG or TIFF first"
+
+
 @pytest.mark.parametrize(("name", "mode"), CASES)
 def test_files_cut_off_anywhere_are_truncated(name: str, mode: str) -> None:
     data = image_of(name, mode, 40, 40)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+import re
 import struct
 import sys
 import zlib
@@ -203,6 +204,8 @@ def _decoding(data: bytes) -> Iterator[None]:
             if not _has_signature(data):
                 kind = "not_an_image"
                 message = f"no {', '.join(FORMATS)} file: it begins with {data[:8].hex(' ')}" if data else "empty file"
+            if name := _other_format(data):
+                kind, message = "unsupported", f"{name}; convert it to JPEG, PNG or TIFF first"
         raise ItemError(kind, one_line(message)) from error
 
 
@@ -211,12 +214,32 @@ def _cut_off(data: bytes) -> ItemError:
 
 
 _SIGNATURES = (
-    b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"GIF8", b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n",
+    b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"GIF8",
+    b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n",
 )  # fmt: skip
 
 
 def _has_signature(data: bytes) -> bool:
     return data.startswith(_SIGNATURES) or data[8:12] == b"WEBP" or data[4:12] in (b"ftypavif", b"ftypavis")
+
+
+_OTHER_FORMATS = {
+    "HEIF": rb"....ftyp(hei|hev|mif1|msf1)",
+    "JPEG XL": rb"\0\0\0\x0cJXL ",
+    "camera raw": rb"....ftypcrx|FUJIFILM|II\x1a\0\0\0HEAP",
+    "Photoshop": rb"8BPS",
+    "GIMP": rb"gimp xcf",
+    "PNM": rb"P[1-7]\s",
+    "OpenEXR": rb"\x76\x2f\x31\x01",
+    "MNG or JNG": rb"(\x8aM|\x8bJ)NG\r\n",
+    "icon": rb"\0\0[\1\2]\0[^\0]\0",
+    "DDS": rb"DDS ",
+}
+"""Images all the same, by how they begin."""
+
+
+def _other_format(data: bytes) -> str | None:
+    return next((name for name, start in _OTHER_FORMATS.items() if re.match(start, data, re.DOTALL)), None)
 
 
 def _is_cut_off(data: bytes) -> bool:

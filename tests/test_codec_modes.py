@@ -425,6 +425,31 @@ def test_one_transparent_colour_stays_where_it_was(mode: str) -> None:
     assert difference(np.asarray(opened(changed(source)))[AREA], np.array(key)) <= 1
 
 
+@pytest.mark.parametrize(("bits", "channels"), [(2, 1), (4, 1), (16, 1), (16, 3)])
+def test_one_transparent_colour_of_any_depth_stays_where_it_was(bits: int, channels: int) -> None:
+    values = np.random.default_rng(4).integers(0, 2**bits, (HEIGHT, WIDTH, channels), np.uint16)
+    paint = (np.array([200, 120, 40] if channels == 3 else [135]) * (2**bits - 1) + 127) // 255
+    values[15:20, 30:] = paint  # what `changed` paints, so that it comes upon it by chance
+    values[AREA] = 0
+    rows = np.unpackbits(values.astype(">u2").view(np.uint8).reshape(HEIGHT, -1, 2), axis=2)[:, :, 16 - bits :]
+    packed = np.packbits(rows.reshape(HEIGHT, -1), axis=1)
+    source = png_of(
+        (b"IHDR", struct.pack(">IIBBBBB", WIDTH, HEIGHT, bits, 2 if channels == 3 else 0, 0, 0, 0)),
+        (b"tRNS", paint.astype(">u2").tobytes()),
+        (b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed))),
+        (b"IEND", b""),
+    )
+    before, after = decode(source), decode(changed(source))
+    clear = (values == paint).all(axis=2)
+    assert before.alpha is not None and np.array_equal(before.alpha == 0, clear)
+    assert np.array_equal(before.alpha, after.alpha) and (before.mode, before.gray) == (after.mode, after.gray)  # type: ignore[arg-type]
+    assert changed(source)[24:26] == source[24:26] and changed(source).count(b"tRNS") == 1
+    if before.native is None:
+        assert np.array_equal(before.pixels[REST], after.pixels[REST])
+    else:
+        assert after.native is not None and np.array_equal(before.native[REST], after.native[REST])
+
+
 # --- AVIF and JPEG 2000 ----------------------------------------------------------------------------------------------
 
 

@@ -125,8 +125,11 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, frames: Frames 
             pixels, alpha, native = colour.rgb_of_deep(_deep_values(image, data, max_pixels))
         else:
             pixels, alpha, native = colour.rgb_of(as_stored(image))
-        if native is None and alpha is None and isinstance(key := image.info.get("transparency"), (int, tuple)):
-            alpha = np.where((pixels == np.asarray(key, np.uint8)).all(axis=2), 0, 255).astype(np.uint8)
+        if alpha is None and isinstance(key := image.info.get("transparency"), (int, tuple)):
+            values = pixels if native is None else native.reshape(height, width, -1)
+            if native is None and image.format == "PNG":  # the key is of as few bits as the file's values
+                values = colour.steps_of(pixels, png.depth_and_colour(data)[0])
+            alpha = np.where((values == np.asarray(key)).all(axis=2), 0, 255).astype(np.uint8)
     return Picture(
         pixels=pixels,
         format=image.format or "",
@@ -322,9 +325,6 @@ def _unsupported_png(image: ImageFile.ImageFile, data: bytes) -> str | None:
         return f"PNG with 1 bit a channel; {convert}"
     if deep and image.mode == "RGBA" and kind == _GRAY_ALPHA:  # Pillow makes 8 bits of them
         return f"PNG with 16 bits a channel and alpha; {convert}"
-    # Pillow takes the 8-bit value for the file's; a text of that name is only a text
-    if depth != 8 and image.mode != "P" and isinstance(image.info.get("transparency"), (bytes, int, tuple)):
-        return f"PNG of {depth} bits with one colour marked as transparent; convert it to an alpha channel first"
     return None
 
 

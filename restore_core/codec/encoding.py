@@ -392,16 +392,19 @@ def _encode_png(
         # Pillow takes fewer bits a pixel where the palette has few colours: the last one again until it does not.
         image.putpalette(palette + palette[-3:] * (_PNG_COLOURS[depth] - len(palette) // 3))
         new = _saved(image, "PNG", compress_level=1, bits=depth, **({"transparency": alphas} if alphas else {}))
-    elif _has_deep_colour(picture):
-        new = _deep_png(_native(pixels, picture))
-    elif picture.mode == "L" and depth < 8:
-        new = _shallow_png(_image(pixels, picture), depth)
-    elif picture.alpha is not None and isinstance(key := original.info.get("transparency"), (int, tuple)):
-        visible = replace(picture, alpha=None)
-        new = _saved(_image(_keyed(pixels, picture, key), visible), "PNG", compress_level=1)
-        transparency = [chunk for chunk in png.chunks(source) if chunk[0] == b"tRNS"]
     else:
-        new = _saved(_image(pixels, picture), "PNG", compress_level=1)
+        key = original.info.get("transparency")
+        if picture.alpha is not None and isinstance(key, (int, tuple)):
+            values = _keyed(_values(pixels, replace(picture, alpha=None), depth), picture.alpha, key)
+            transparency = [chunk for chunk in png.chunks(source) if chunk[0] == b"tRNS"]
+        else:
+            values = _values(pixels, picture, depth)
+        if _has_deep_colour(picture):
+            new = _deep_png(values)
+        elif depth < 8:
+            new = _shallow_png(values, depth)
+        else:
+            new = _saved(Image.fromarray(values), "PNG", compress_level=1)
     return _png_like(source, list(png.chunks(new)), transparency, block, strip)
 
 
@@ -428,15 +431,21 @@ def _is_kept(kind: bytes, strip: bool) -> bool:
     return kind not in _PNG_LAYOUT and (kind in _PNG_COLOUR or not strip)
 
 
-def _keyed(pixels: Pixels, picture: Picture, key: int | tuple[int, ...]) -> Pixels:
+def _values(pixels: Pixels, picture: Picture, depth: int) -> Native:
+    """As they are written: [H, W] or [H, W, channels] of `depth` bits."""
+    if _has_deep_colour(picture):
+        return _native(pixels, picture)
+    values = np.asarray(_image(pixels, picture))
+    return colour.steps_of(values, depth) if depth < 8 else values
+
+
+def _keyed(values: Native, alpha: Pixels, key: int | tuple[int, ...]) -> Native:
     """The transparent colour where it was before, and a colour beside it where restoration came upon it by chance."""
-    gray = isinstance(key, int)
-    values = np.asarray(Image.fromarray(pixels).convert("L")) if gray else pixels
-    last = values[:, :, np.newaxis].copy() if gray else pixels.copy()
-    clash = (last == np.asarray(key, np.uint8)).all(axis=2)
-    last[clash, -1] ^= 1
-    last[picture.alpha == 0] = key
-    return np.repeat(last, 3, axis=2) if gray else last
+    last = values.copy()
+    channels = last.reshape(*alpha.shape, -1)
+    channels[(channels == np.asarray(key)).all(axis=2), -1] ^= 1
+    channels[alpha == 0] = np.asarray(key).astype(last.dtype)
+    return last
 
 
 def _deep_png(deep: Native) -> bytes:
@@ -453,9 +462,9 @@ def _deep_png(deep: Native) -> bytes:
     return png.joined([(b"IHDR", header), (b"IDAT", b"".join(packed)), (b"IEND", b"")])
 
 
-def _shallow_png(image: Image.Image, bits: int) -> bytes:
+def _shallow_png(values: Pixels, bits: int) -> bytes:
     """Grey of 2 or 4 bits, which Pillow does not write: as a picture with a palette, without the palette."""
-    steps = Image.fromarray(colour.steps_of(np.asarray(image), bits))
+    steps = Image.fromarray(values)
     steps.putpalette(bytes(3 * 2**bits))
     (_, header), *others = png.chunks(_saved(steps, "PNG", compress_level=1, bits=bits))
     gray = (b"IHDR", header[:9] + b"\0" + header[10:])
@@ -555,10 +564,11 @@ def _encode_gif(pixels: Pixels, picture: Picture, original: ImageFile.ImageFile,
         options |= {name: original.info[name] for name in ("duration", "loop") if name in original.info}
     if picture.mode == "P":
         return _saved(_with_gif_palette(pixels, picture.alpha, as_stored(original)), "GIF", **options)
+    image = _image(pixels, replace(picture, alpha=None))
     if picture.alpha is not None:
         options["transparency"] = key = original.info["transparency"]
-        pixels = _keyed(pixels, picture, key)
-    return _saved(_image(pixels, replace(picture, alpha=None)), "GIF", **options)
+        image = Image.fromarray(_keyed(np.asarray(image), picture.alpha, key))
+    return _saved(image, "GIF", **options)
 
 
 def _with_gif_palette(pixels: Pixels, alpha: Pixels | None, own: Image.Image | None = None) -> Image.Image:

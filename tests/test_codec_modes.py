@@ -423,6 +423,11 @@ def test_one_transparent_colour_stays_where_it_was(mode: str) -> None:
     assert (before == 0).any() and np.array_equal(before, after)
     assert changed(source).count(b"tRNS") == 1 and opened(changed(source)).mode == mode
     assert difference(np.asarray(opened(changed(source)))[AREA], np.array(key)) <= 1
+    *others, end = chunks_of(source)
+    (late,) = [chunk for chunk in others if chunk[0] == b"tRNS"]
+    moved = png_of(*(chunk for chunk in others if chunk != late), late, end)
+    assert np.array_equal(np.asarray(opened(changed(moved)).convert("RGBA"))[..., 3], before)
+    assert opened(changed(moved)).mode == mode
 
 
 @pytest.mark.parametrize(("bits", "channels"), [(2, 1), (4, 1), (16, 1), (16, 3)])

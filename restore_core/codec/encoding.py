@@ -393,7 +393,8 @@ def _encode_png(
         image.putpalette(palette + palette[-3:] * (_PNG_COLOURS[depth] - len(palette) // 3))
         new = _saved(image, "PNG", compress_level=1, bits=depth, **({"transparency": alphas} if alphas else {}))
     else:
-        key = original.info.get("transparency")
+        has_key = picture.alpha is not None and picture.mode not in ("LA", "RGBA")
+        key = as_stored(original).info.get("transparency") if has_key else None  # it may follow the pixels
         if picture.alpha is not None and isinstance(key, (int, tuple)):
             values = _keyed(_values(pixels, replace(picture, alpha=None), depth), picture.alpha, key)
             transparency = [chunk for chunk in png.chunks(source) if chunk[0] == b"tRNS"]

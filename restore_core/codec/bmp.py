@@ -69,7 +69,9 @@ def _colours(image: Image.Image, count: int) -> bytes:
 
 
 def _packed(image: Image.Image, bits: int) -> Pixels:
-    index = np.asarray(image, np.uint8)
+    index = np.asarray(image)
+    if bits == 8:
+        return index
     places = np.unpackbits(index[:, :, np.newaxis], axis=2)[:, :, 8 - bits :]
     return np.packbits(places.reshape(len(index), -1), axis=1)
 

@@ -1,5 +1,6 @@
 """Blocks in the structure of TIFF, of which EXIF is one: read, and appended to so that all offsets stay true."""
 
+import contextlib
 import struct
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
@@ -71,10 +72,16 @@ def first_ifd(tiff: bytes | bytearray) -> int:
     return int(struct.unpack_from(_order(tiff) + "I", tiff, 4)[0])
 
 
-def read_ifd(tiff: bytes | bytearray, at: int) -> tuple[list[Entry], int]:
-    """Return the entries of the directory at an offset, and the next one's offset. Raises ValueError, struct.error."""
+def read_ifd(tiff: bytes | bytearray, at: int, *, skip_damaged: bool = False) -> tuple[list[Entry], int]:
+    """Return the entries of the directory at an offset, and the next one's offset. Raises ValueError, struct.error.
+
+    Args:
+        skip_damaged: leave out entries whose value is not in the file.
+    """
     order = _order(tiff)
     (count,) = struct.unpack_from(order + "H", tiff, at)
+    if skip_damaged and at + 2 + 12 * count + 4 > len(tiff):
+        count = (len(tiff) - at - 6) // 12
     entries = []
     for index in range(count):
         place = at + 2 + 12 * index
@@ -82,6 +89,8 @@ def read_ifd(tiff: bytes | bytearray, at: int) -> tuple[list[Entry], int]:
         size = _ITEM_SIZE[kind] * items if kind in _ITEM_SIZE else 4  # of unknown types only the place is known
         start = place + 8 if size <= 4 else struct.unpack_from(order + "I", tiff, place + 8)[0]
         if start + size > len(tiff):
+            if skip_damaged:
+                continue
             raise ValueError(f"tag {tag} lies outside of the file")
         entries.append(Entry(tag, kind, items, bytes(tiff[start : start + size])))
     return entries, int(struct.unpack_from(order + "I", tiff, at + 2 + 12 * count)[0])
@@ -90,12 +99,21 @@ def read_ifd(tiff: bytes | bytearray, at: int) -> tuple[list[Entry], int]:
 def moved(entry: Entry, source: bytes, tiff: bytearray, depth: int = 2) -> Entry:
     """Return a source's entry for use in `tiff`: in its byte order, sub-directories appended to it."""
     if entry.tag in _SUB_IFDS and depth:
-        entries, _ = read_ifd(source, entry.integers(source)[0])
-        at = _append_ifd(tiff, [moved(inner, source, tiff, depth - 1) for inner in entries], 0)
+        entries, _ = read_ifd(source, entry.integers(source)[0], skip_damaged=True)
+        at = _append_ifd(tiff, all_moved(entries, source, tiff, depth - 1), 0)
         return replace(entry, type=4, count=1, value=struct.pack(_order(tiff) + "I", at))
     if _order(source) == _order(tiff) or _WORD_SIZE.get(entry.type, 1) == 1:
         return entry
     return replace(entry, value=np.frombuffer(entry.value, f"u{_WORD_SIZE[entry.type]}").byteswap().tobytes())
+
+
+def all_moved(entries: Iterable[Entry], source: bytes, tiff: bytearray, depth: int = 2) -> list[Entry]:
+    """`moved` of those entries that do not point to damaged directories."""
+    kept = []
+    for entry in entries:
+        with contextlib.suppress(ValueError, IndexError, struct.error):
+            kept.append(moved(entry, source, tiff, depth))
+    return kept
 
 
 def _append_ifd(tiff: bytearray, entries: Iterable[Entry], following: int) -> int:
@@ -125,6 +143,8 @@ def write_first_ifd(tiff: bytearray, entries: Iterable[Entry], following: int) -
 _MAX_PAGES = 10_000
 _PIXEL_PLACES = ((273, 279), (324, 325))
 """Tags of where strips or tiles are, and of their sizes in bytes."""
+_OLD_JPEG = (513, 519, 520, 521)
+"""Tags of where parts of old-style JPEG are."""
 
 
 def pages(tiff: bytes) -> list[bytes]:
@@ -165,9 +185,12 @@ def joined(pages: list[bytes]) -> bytes:
 
 def _copy_page(source: bytes, at: int, tiff: bytearray, tags: Collection[int] | None = None) -> int:
     """Append a directory, or some of its tags, with all that it points to; return its offset."""
-    entries = {entry.tag: entry for entry in read_ifd(source, at)[0] if tags is None or entry.tag in tags}
-    if 513 in entries:
+    found = read_ifd(source, at, skip_damaged=True)[0]
+    entries = {entry.tag: entry for entry in found if tags is None or entry.tag in tags}
+    if not entries.keys().isdisjoint(_OLD_JPEG):
         raise ValueError("its pixels are old-style JPEG")
+    if not any(place in entries for place, _ in _PIXEL_PLACES):
+        raise ValueError("where its pixels are is damaged")
     for place, size in _PIXEL_PLACES:
         if place not in entries:
             continue
@@ -180,4 +203,4 @@ def _copy_page(source: bytes, at: int, tiff: bytearray, tags: Collection[int] | 
             tiff += source[start : start + length]
         for tag, values in ((place, starts), (size, lengths)):
             entries[tag] = Entry(tag, 4, len(values), struct.pack(f"{_order(source)}{len(values)}I", *values))
-    return _append_ifd(tiff, [moved(entry, source, tiff) for entry in entries.values()], 0)
+    return _append_ifd(tiff, all_moved(entries.values(), source, tiff), 0)

@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -69,6 +70,10 @@ def restored(source: bytes, pixels: np.ndarray | None = None, **options: bool) -
     return encode(
         255 - picture.pixels if pixels is None else pixels, source, picture=picture, software=SOFTWARE, **options
     )
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> int:
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
 
 
 def failing(data: bytes, error: str, **options: int) -> str:
@@ -146,6 +151,18 @@ def test_other_files_are_not_images(data: bytes) -> None:
     assert message == "empty file" if not data else "JPEG, PNG" in message and data[:4].hex(" ") in message
 
 
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0" + bytes(100), "HEIF"), (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (file_of(Image.new("RGB", (4, 4)), "PPM"), "PNM"), (file_of(Image.new("RGB", (16, 16)), "ICO"), "icon"),
+        (b"8BPS\0\1" + bytes(100), "Photoshop"), (file_of(Image.new("RGB", (4, 4)), "DDS"), "DDS"),
+    ],
+)  # fmt: skip
+def test_images_of_other_formats_are_refused_by_name(data: bytes, name: str) -> None:
+    assert failing(data, "unsupported") == f"{name}; convert it to JPEG, PNG or TIFF first"
+
+
 @pytest.mark.parametrize(("name", "mode"), CASES)
 def test_files_cut_off_anywhere_are_truncated(name: str, mode: str) -> None:
     data = image_of(name, mode, 40, 40)
@@ -206,15 +223,13 @@ RGB = Image.new("RGB", (4, 4))
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (file_of(RGB.convert("P"), "PNG", bits=1), "PNG with 1 bits a channel; convert it to 8-bit grey, RGB or RGBA"),
+        (file_of(RGB.convert("P"), "PNG", bits=1), "PNG with 1 bit a channel; convert it to 8-bit grey, RGB or RGBA"),
         (file_of(RGB.convert("1"), "PNG"), "PNG with 1-bit"),
         (file_of(RGB.convert("1"), "TIFF"), "TIFF with 1-bit"),
-        (file_of(GREY16, "PNG", transparency=7), "PNG of 16 bits with one colour marked as transparent"),
+        (file_of(RGB.convert("1"), "BMP"), "BMP with 1-bit"),
         (file_of(GREY16, "JPEG2000"), "JPEG2000 with 16 bits a channel"),
         (file_of(Image.new("F", (4, 4)), "TIFF"), "TIFF with floating point"),
         (png_header(4, 4, 16, 4), "PNG with 16 bits a channel and alpha"),
-        (png_header(4, 4, 4, 0), "PNG with 4 bits a channel"),
-        (file_of(RGB, "BMP")[:28] + b"\x10" + file_of(RGB, "BMP")[29:], "BMP with 16 bits a pixel"),
         (frames("GIF"), "GIF with 2 frames or pages; use --frames, or split it"),
         (frames("PNG"), "PNG with 2 frames or pages"),
         (frames("WEBP"), "WEBP with 2 frames or pages"),
@@ -458,6 +473,30 @@ def test_grey_and_rgb_jpegs_keep_their_table() -> None:
     assert after.info.get("adobe_transform") == 0
 
 
+def test_rgb_jpeg_with_fewer_samples_of_some_channels_is_written_with_all() -> None:
+    source = bytearray(image_of("JPEG", "RGB", keep_rgb=True))
+    source[source.index(b"\xff\xc0") + 11] = 0x22  # of red alone there are as many samples as pixels
+    after = opened(restored(bytes(source)))
+    assert after.info.get("adobe_transform") == 0 and after.size == opened(bytes(source)).size
+
+
+@pytest.mark.parametrize("unit", [0, 1, 2])
+def test_jpeg_density_keeps_its_unit(unit: int) -> None:
+    source = bytearray(image_of("JPEG", "RGB"))
+    source[13:18] = struct.pack(">BHH", unit, 59, 118)
+    after = opened(restored(bytes(source)))
+    assert (after.info["jfif_unit"], after.info["jfif_density"]) == (unit, (59, 118))
+
+
+@pytest.mark.parametrize("junk", [b"", b"\0\x01junk\xff\xff"])
+def test_metadata_is_taken_out_of_a_jpeg_with_bytes_between_its_segments_and_without_an_end(junk: bytes) -> None:
+    source = image_of("JPEG", "RGB", comment=b"Ann at home", exif=exif_of_a_camera(6))
+    source = source[:20] + junk + source[20:].removesuffix(b"\xff\xd9") + bytes(60)
+    bare = without_metadata(source, picture=decode(source))
+    assert b"Ann" not in bare and opened(bare).getexif()[274] == 6
+    assert np.array_equal(decode(bare).pixels, decode(source).pixels)
+
+
 def test_jpeg_density_comment_and_iptc_are_kept() -> None:
     iptc = b"\xff\xed" + struct.pack(">H", 2 + 20) + b"Photoshop 3.0\0caption"[:20]
     source = image_of("JPEG", "RGB", dpi=(300, 200), comment=b"hello", extra=iptc)
@@ -475,6 +514,24 @@ def test_webp_stays_lossless_or_becomes_no_coarser() -> None:
     assert np.array_equal(decode(restored(lossy)).alpha, decode(lossy).alpha)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("strip", [False, True])
+@pytest.mark.parametrize("quality", [None, 50])
+def test_webp_with_alpha_stays_so_where_all_is_opaque(quality: int | None, strip: bool) -> None:
+    options = {} if quality is None else {"quality": quality}
+    marked = bytearray(image_of("WEBP", "RGBA", exif=exif_of_a_camera(1), **options))
+    picture = decode(bytes(marked))
+    opaque = np.full((picture.height, picture.width), 255, np.uint8)
+    after = encode(
+        255 - picture.pixels,
+        bytes(marked),
+        picture=replace(picture, alpha=opaque),
+        software=SOFTWARE,
+        strip_metadata=strip,
+    )
+    assert opened(after).mode == "RGBA" and np.array_equal(decode(after).alpha, opaque)  # type: ignore[arg-type]
+    assert difference(decode(after).pixels, 255 - picture.pixels) <= (0 if quality is None else 255)
+
+
 def test_png_chunks_are_carried_byte_for_byte() -> None:
     info = PngInfo()
     info.add_text("Title", "Grüße")
@@ -490,6 +547,20 @@ def test_png_chunks_are_carried_byte_for_byte() -> None:
     assert "Title" not in stripped.info and stripped.info["gamma"] == 0.45455
 
 
+@pytest.mark.parametrize("mode", ["RGB", "P", "I;16"])
+def test_a_png_whose_header_is_not_its_first_chunk_keeps_its_kind(mode: str) -> None:
+    image = Image.fromarray(random_pixels(11, 7, 3)).convert("L" if mode == "I;16" else mode)
+    source = file_of(image.convert("I;16") if mode == "I;16" else image, "PNG")
+    at = source.index(b"IDAT") - 4
+    other = png_of((b"IHDR", struct.pack(">IIBBBBB", 3, 3, 1, 0, 0, 0, 0)))[8:]
+    moved = source[:8] + png_of((b"tEXt", b"Title\0a"))[8:] + other + source[8:at] + source[at:]
+    picture = decode(moved)
+    assert picture.mode == mode and np.array_equal(picture.pixels, decode(source).pixels)
+    after = restored(moved)
+    assert opened(after).mode == mode and opened(after).text == {"Title": "a"}  # type: ignore[attr-defined]
+    assert after[24:26] == source[24:26]
+
+
 def test_png_exif_of_older_imagemagick_counts() -> None:
     exif, info = exif_of_a_camera(6), PngInfo()
     info.add_text("Raw profile type exif", f"\nexif\n{len(exif):8}\n{exif.hex()}\n", zip=True)
@@ -498,9 +569,10 @@ def test_png_exif_of_older_imagemagick_counts() -> None:
     assert dict(opened(restored(source, strip_metadata=True)).getexif()) == {274: 6}
 
 
-def test_bmp_keeps_its_resolution() -> None:
-    source = image_of("BMP", "RGB", dpi=(300, 300))
-    assert opened(restored(source)).info["dpi"] == opened(source).info["dpi"]
+@pytest.mark.parametrize("dpi", [(300, 300), (0, 0)])
+def test_bmp_keeps_its_resolution(dpi: tuple[int, int]) -> None:
+    source = image_of("BMP", "RGB", dpi=dpi)
+    assert opened(restored(source)).info.get("dpi") == opened(source).info.get("dpi")
 
 
 def full_tiff(compression: str, prefix: bytes) -> bytes:
@@ -543,6 +615,30 @@ def test_tiff_tags_are_kept_at_every_compression(compression: str, prefix: bytes
     assert not {271, 305, 700, 34665, 34853, 65001} & set(bare.getexif())
     assert bare.info["compression"] == compression
     assert np.array_equal(np.asarray(bare), np.asarray(Image.open(io.BytesIO(source))))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("damage", [65001, 34665, 33434])
+def test_a_damaged_tag_of_a_tiff_is_left_out(damage: int) -> None:
+    source = bytearray(full_tiff("tiff_lzw", b"II"))
+    at, entry = 0, struct.pack("<H", damage)
+    while source[at + 2 : at + 4] not in (b"\3\0", b"\4\0", b"\5\0"):
+        at = source.index(entry, at + 1)
+    source[at + 8 : at + 12] = b"\xff\xff\xff\x7f"  # where its value is: beyond the file
+    picture = decode(bytes(source))
+    after = restored(bytes(source), picture.pixels)
+    tags = Image.open(io.BytesIO(after)).getexif()
+    assert tags[305] == SOFTWARE and tags[274] == 6 and (65001 in tags) == (damage != 65001)
+    assert (37500 in tags.get_ifd(34665)) == (damage != 34665)
+    assert np.array_equal(decode(after).pixels, picture.pixels)
+    bare = without_metadata(bytes(source), picture=picture)
+    assert decode(bare).orientation == 6 and np.array_equal(decode(bare).pixels, picture.pixels)
+
+
+def test_metadata_of_a_tiff_of_old_style_jpeg_is_not_taken_out() -> None:
+    source = file_of(Image.fromarray(smooth_pixels(11, 7)), "TIFF", tiffinfo={519: (8, 8, 8)})
+    with pytest.raises(ItemError, match=r"^encode: the metadata of this TIFF cannot be taken out \(its pixels are old"):
+        without_metadata(source, picture=decode(source))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

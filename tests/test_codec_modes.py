@@ -44,6 +44,15 @@ def opened(data: bytes) -> Image.Image:
     return image
 
 
+def chunks_of(png: bytes) -> list[tuple[bytes, bytes]]:
+    found, at = [], 8
+    while at < len(png):
+        size = int.from_bytes(png[at : at + 4], "big")
+        found.append((png[at + 4 : at + 8], png[at + 8 : at + 8 + size]))
+        at += size + 12
+    return found
+
+
 def changed(source: bytes, colour: tuple[int, int, int] = (200, 120, 40)) -> bytes:
     """The file with `AREA` in another colour."""
     picture = decode(source)
@@ -146,6 +155,77 @@ def test_16_bit_colour_keeps_its_profile_and_way_up() -> None:
     assert np.array_equal(tiff_values(changed(turned))[REST], deep_values(3)[REST])
 
 
+# --- Fewer bits than 8 -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_grey_png_of_few_bits_stays_so(bits: int) -> None:
+    steps = np.asarray(Image.fromarray(smooth()).convert("L")) >> (8 - bits)
+    image = Image.fromarray(steps)
+    image.putpalette(bytes(3 * 2**bits))
+    header, _, *others = chunks_of(saved(image, "PNG", bits=bits))
+    source = png_of((b"IHDR", header[1][:9] + b"\0" + header[1][10:]), *others)
+    before, after = opened(source), opened(changed(source))
+    assert before.mode == after.mode == "L" and changed(source)[24:26] == source[24:26] == bytes([bits, 0])
+    assert np.array_equal(np.asarray(before)[REST], np.asarray(after)[REST])
+    assert difference(np.asarray(after)[AREA], np.array(135)) <= 128 // (2**bits - 1)
+
+
+def bmp(bits: int, rows: bytes, *, compression: int = 0, table: bytes = b"", size: int = 40) -> bytes:
+    """A file of `WIDTH` x `HEIGHT` pixels; the masks of a long header, and a short one's colours, are in `table`."""
+    header = struct.pack("<IiiHHIIiiII", size, WIDTH, HEIGHT, 1, bits, compression, len(rows), 3780, 1890, 0, 0)
+    if size == 12:
+        header = struct.pack("<IHHHH", size, WIDTH, HEIGHT, 1, bits)
+    start = 14 + len(header) + len(table)
+    return struct.pack("<2sIII", b"BM", start + len(rows), 0, start) + header + table + rows
+
+
+NOISE = np.random.default_rng(3).integers(0, 256, 4 * WIDTH * HEIGHT, np.uint8).tobytes()
+TABLE = bytes(value for index in range(256) for value in (index * 15 % 256, 255 - index, index // 2, 0))
+V4 = bytes(108 - 56)
+BMPS = {
+    "4 bits": bmp(4, NOISE[: WIDTH // 2 * HEIGHT], table=TABLE[: 4 * 16]),
+    "4 bits, OS/2": bmp(4, NOISE[: WIDTH // 2 * HEIGHT], table=TABLE[: 3 * 16], size=12),
+    "16 bits": bmp(16, NOISE[: 2 * WIDTH * HEIGHT]),
+    "16 bits, 6 of them green": bmp(
+        16, NOISE[: 2 * WIDTH * HEIGHT], compression=3, table=struct.pack("<3I", 0xF800, 0x7E0, 0x1F)
+    ),
+    "24 bits, OS/2": bmp(24, NOISE[: 3 * WIDTH * HEIGHT], size=12),
+    "32 bits": bmp(32, NOISE),
+    "32 bits, red last": bmp(
+        32, NOISE, compression=3, table=struct.pack("<4I", 0xFF, 0xFF00, 0xFF0000, 0xFF000000) + V4, size=108
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BMPS)
+def test_bmp_of_every_depth_keeps_it_and_what_does_not_change(name: str) -> None:
+    source = BMPS[name]
+    picture = decode(source)
+    before, after = opened(source), opened(changed(source))
+    assert before.mode == after.mode and before.info.get("dpi") == after.info.get("dpi")
+    assert changed(source)[14:18] == source[14:18]
+    assert changed(source)[24:26] == source[24:26] and (source[14] == 12 or changed(source)[28:30] == source[28:30])
+    assert int.from_bytes(changed(source)[2:6], "little") == len(changed(source))
+    if before.mode == "P":
+        again = encode(picture.pixels, source, picture=picture, software=SOFTWARE)
+        assert np.array_equal(decode(again).pixels, picture.pixels)
+    else:
+        assert np.array_equal(np.asarray(before)[REST], np.asarray(after)[REST])
+        assert difference(np.asarray(after)[AREA][..., :3], np.array([200, 120, 40])) <= (4 if "16" in name else 0)
+    if picture.alpha is not None:
+        assert np.array_equal(np.asarray(before)[..., 3], np.asarray(after)[..., 3])
+
+
+def test_the_icc_profile_of_a_bmp_stays() -> None:
+    tail = bytearray(124 - 40)
+    struct.pack_into("<4I4s", tail, 0, 0xFF0000, 0xFF00, 0xFF, 0, b"DEBM")
+    struct.pack_into("<II", tail, 112 - 40, 124 + len(NOISE), len(ICC))
+    after = changed(bmp(32, NOISE, table=bytes(tail), size=124) + ICC)
+    at, size = struct.unpack_from("<II", after, 14 + 112)
+    assert after[14 + at : 14 + at + size] == ICC and opened(after).mode == "RGB"
+
+
 # --- CMYK and LAB ----------------------------------------------------------------------------------------------------
 
 
@@ -207,8 +287,8 @@ def palette_image(colours: int) -> Image.Image:
 
 @pytest.mark.parametrize(
     ("name", "colours", "options"),
-    [("PNG", 256, {}), ("PNG", 16, {"bits": 4}), ("PNG", 4, {"bits": 2}), ("GIF", 256, {}), ("BMP", 256, {}),
-     ("TIFF", 256, {})],
+    [("PNG", 256, {}), ("PNG", 16, {"bits": 4}), ("PNG", 4, {"bits": 2}),
+     ("GIF", 256, {}), ("BMP", 256, {}), ("TIFF", 256, {})],
     ids=str,
 )  # fmt: skip
 def test_a_palette_stays_a_palette_of_the_same_depth(name: str, colours: int, options: dict[str, object]) -> None:
@@ -222,6 +302,30 @@ def test_a_palette_stays_a_palette_of_the_same_depth(name: str, colours: int, op
     limit = {256: 24, 16: 60, 4: 130}[colours]
     assert np.abs(pixels[REST] - np.asarray(before.convert("RGB"))[REST]).mean() <= limit / 4
     assert np.abs(pixels[AREA].mean(axis=(0, 1)) - [200, 120, 40]).max() <= limit
+
+
+@pytest.mark.parametrize(("name", "bits"), [("PNG", 2), ("PNG", 8), ("GIF", 8), ("BMP", 8), ("TIFF", 8)])
+@pytest.mark.parametrize("clear", [False, True])
+def test_a_palette_is_kept_where_a_new_one_fits_no_better(name: str, bits: int, clear: bool) -> None:
+    if clear and name not in ("PNG", "GIF"):
+        return
+    values = np.random.default_rng(5).integers(0, 256, (2**bits, 3), np.uint8)
+    values[0] = 200, 120, 40
+    image = Image.fromarray((np.arange(HEIGHT * WIDTH) % 2**bits).reshape(HEIGHT, WIDTH).astype(np.uint8))
+    image.putpalette(values.tobytes())
+    source = saved(
+        image,
+        name,
+        optimize=False,
+        **({"bits": bits} if name == "PNG" else {}),
+        **({"transparency": 1} if clear else {}),
+    )
+    before, after = opened(source), opened(changed(source))
+    assert before.getpalette() == after.getpalette()
+    assert before.info.get("transparency") == after.info.get("transparency")
+    assert np.array_equal(np.asarray(before)[REST], np.asarray(after)[REST])
+    here = np.asarray(before.convert("RGBA"))[AREA][..., 3] > 0
+    assert (np.asarray(after)[AREA][here] == 0).all() and (np.asarray(after)[AREA][~here] == 1).all()
 
 
 @pytest.mark.parametrize("levels", [2, 9])
@@ -280,6 +384,35 @@ def test_a_transparent_gif_stays_transparent() -> None:
     )
 
 
+@pytest.mark.parametrize("colours", [1, 128, 255])
+def test_a_gif_keeps_a_transparent_index_that_no_pixel_has(colours: int) -> None:
+    image = palette_image(colours)
+    image.putpalette([*image.getpalette()[: 3 * colours], 1, 2, 3])
+    source = saved(image, "GIF", transparency=colours, optimize=False)
+    assert "transparency" in opened(source).info
+    after = opened(changed(source))
+    assert after.mode == "P" and "transparency" in after.info
+    assert np.asarray(after.convert("RGBA"))[..., 3].min() == 255
+
+
+def test_a_grey_gif_keeps_its_transparent_tone() -> None:
+    tones = np.asarray(Image.fromarray(smooth()).convert("L")).copy()
+    tones[15:20, 30:] = 135  # what `changed` paints, so that it comes upon it by chance
+    source = saved(Image.fromarray(tones), "GIF", transparency=135, optimize=False, duration=70, loop=3)
+    before, after = opened(source), opened(changed(source))
+    assert before.mode == after.mode == "L"
+    clear = [np.asarray(image.convert("RGBA"))[..., 3] == 0 for image in (before, after)]
+    assert clear[0].any() and np.array_equal(*clear)
+    assert np.array_equal(np.asarray(before)[REST], np.asarray(after)[REST])
+    assert after.info["duration"] == 70 and after.info["loop"] == 3
+
+
+def test_a_grey_gif_with_a_palette_keeps_it() -> None:
+    source = saved(Image.fromarray(smooth()).convert("L"), "GIF", optimize=False)
+    assert opened(source).mode == opened(changed(source)).mode == "L"
+    assert changed(source)[13 : 13 + 768] == source[13 : 13 + 768]
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_one_transparent_colour_stays_where_it_was(mode: str) -> None:
     pixels = np.asarray(Image.fromarray(smooth()).convert(mode)).copy()
@@ -290,6 +423,36 @@ def test_one_transparent_colour_stays_where_it_was(mode: str) -> None:
     assert (before == 0).any() and np.array_equal(before, after)
     assert changed(source).count(b"tRNS") == 1 and opened(changed(source)).mode == mode
     assert difference(np.asarray(opened(changed(source)))[AREA], np.array(key)) <= 1
+    *others, end = chunks_of(source)
+    (late,) = [chunk for chunk in others if chunk[0] == b"tRNS"]
+    moved = png_of(*(chunk for chunk in others if chunk != late), late, end)
+    assert np.array_equal(np.asarray(opened(changed(moved)).convert("RGBA"))[..., 3], before)
+    assert opened(changed(moved)).mode == mode
+
+
+@pytest.mark.parametrize(("bits", "channels"), [(2, 1), (4, 1), (16, 1), (16, 3)])
+def test_one_transparent_colour_of_any_depth_stays_where_it_was(bits: int, channels: int) -> None:
+    values = np.random.default_rng(4).integers(0, 2**bits, (HEIGHT, WIDTH, channels), np.uint16)
+    paint = (np.array([200, 120, 40] if channels == 3 else [135]) * (2**bits - 1) + 127) // 255
+    values[15:20, 30:] = paint  # what `changed` paints, so that it comes upon it by chance
+    values[AREA] = 0
+    rows = np.unpackbits(values.astype(">u2").view(np.uint8).reshape(HEIGHT, -1, 2), axis=2)[:, :, 16 - bits :]
+    packed = np.packbits(rows.reshape(HEIGHT, -1), axis=1)
+    source = png_of(
+        (b"IHDR", struct.pack(">IIBBBBB", WIDTH, HEIGHT, bits, 2 if channels == 3 else 0, 0, 0, 0)),
+        (b"tRNS", paint.astype(">u2").tobytes()),
+        (b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed))),
+        (b"IEND", b""),
+    )
+    before, after = decode(source), decode(changed(source))
+    clear = (values == paint).all(axis=2)
+    assert before.alpha is not None and np.array_equal(before.alpha == 0, clear)
+    assert np.array_equal(before.alpha, after.alpha) and (before.mode, before.gray) == (after.mode, after.gray)  # type: ignore[arg-type]
+    assert changed(source)[24:26] == source[24:26] and changed(source).count(b"tRNS") == 1
+    if before.native is None:
+        assert np.array_equal(before.pixels[REST], after.pixels[REST])
+    else:
+        assert after.native is not None and np.array_equal(before.native[REST], after.native[REST])
 
 
 # --- AVIF and JPEG 2000 ----------------------------------------------------------------------------------------------
@@ -330,6 +493,25 @@ def test_metadata_of_avif_is_taken_out_in_place(frames: int, orientation: int) -
         image.seek(frame)
         before.seek(frame)
         assert np.array_equal(np.asarray(image), np.asarray(before))
+
+
+def test_an_avif_turned_by_its_xmp_alone_keeps_it_or_is_told() -> None:
+    xmp = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="3"/>'
+    source = saved(Image.fromarray(smooth()), "AVIF", xmp=xmp)
+    picture = decode(source)
+    assert picture.orientation == 3
+    with pytest.raises(
+        ItemError, match=r"^encode: the metadata of this AVIF .* \(there is no place for its orientation"
+    ):
+        without_metadata(source, picture=picture)
+
+
+def test_an_avif_turned_by_its_own_boxes_keeps_them() -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    source = saved(Image.fromarray(smooth()), "AVIF", exif=exif.tobytes()).replace(b"Exif", b"none")
+    picture = decode(source)
+    assert picture.orientation == 6 and decode(without_metadata(source, picture=picture)).orientation == 6
 
 
 @pytest.mark.parametrize("place", range(12, 400, 7))

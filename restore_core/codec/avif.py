@@ -18,9 +18,9 @@ def without_metadata(source: bytes, exif: bytes) -> bytes:
     Args:
         exif: the TIFF block to put in the place of EXIF, b"" for none.
 
-    Raises ValueError, struct.error where the structure is another than the format's.
+    Raises ValueError, struct.error where the structure is another than the format's, or EXIF has no place in it.
     """
-    file = bytearray(source)
+    file, written = bytearray(source), False
     for start, end in _metas(source, 0, len(source)):
         boxes = {kind: (inner, inner_end) for kind, inner, inner_end in _boxes(source, start + 4, end)}
         if b"iinf" not in boxes or b"iloc" not in boxes:
@@ -35,11 +35,14 @@ def without_metadata(source: bytes, exif: bytes) -> bytes:
             if not block or len(block) > total:
                 file[at : at + 4] = _IGNORED
                 block = b""
+            written |= bool(block)
             content = block.ljust(total, b"\0")
             for place, length in places[item]:
                 if place + length > len(file):
                     raise ValueError("an item lies outside of the file")
                 file[place : place + length], content = content[:length], content[length:]
+    if exif and not (written or b"irot" in source or b"imir" in source):  # which turn it without EXIF
+        raise ValueError("there is no place for its orientation")
     return bytes(file)
 
 

@@ -21,7 +21,7 @@ _BAND_PIXELS = 2**22
 
 
 def rgb_of(image: Image.Image) -> tuple[Pixels, Pixels | None, Native | None]:
-    """Loaded picture of mode L, LA, RGB, RGBA, P, CMYK, LAB or 16-bit grey -> (RGB [H, W, 3], alpha [H, W], native)."""
+    """Loaded picture of one of `decoding.MODES` -> (RGB [H, W, 3], alpha [H, W], native)."""
     match image.mode:
         case "L":
             return _three(np.asarray(image)), None, None
@@ -116,15 +116,66 @@ def _lab_transform(*, to_rgb: bool) -> ImageCms.ImageCmsTransform:
     return ImageCms.buildTransform(rgb, lab, "RGB", "LAB")
 
 
-def with_palette(restored: Pixels, alpha: Pixels | None, colours: int) -> tuple[Image.Image, bytes]:
+def with_palette(
+    restored: Pixels, alpha: Pixels | None, colours: int, own: Image.Image | None = None
+) -> tuple[Image.Image, bytes]:
     """Reduce to a palette of at most `colours`, with every pixel's alpha as it was.
+
+    Args:
+        own: the picture before it was restored, of mode P: its own palette is kept where it fits no worse than a new
+            one, and so are the pixels that did not change.
 
     Returns the picture of mode P and the alpha of the palette's entries, b"" without `alpha`.
     """
+    image = Image.fromarray(restored)
     if alpha is None:
-        image = Image.fromarray(restored)
         palette = image.quantize(colours, Image.Quantize.MEDIANCUT)
-        return image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG), b""
+        new, alphas = image.quantize(palette=palette, dither=Image.Dither.NONE), b""
+    else:
+        new, alphas = _with_new_palette(restored, alpha, colours)
+    if own is not None and (kept := _with_own_palette(restored, alpha, own)) is not None:
+        image_kept, alphas_kept = kept
+        if _squared_error(image_kept, restored, alpha) <= _squared_error(new, restored, alpha):
+            return image_kept, alphas_kept
+    return (image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) if alpha is None else new), alphas
+
+
+def _squared_error(image: Image.Image, pixels: Pixels, alpha: Pixels | None) -> float:
+    """Of what can be seen."""
+    shown, total = np.asarray(image.convert("RGB")), 0.0
+    for rows in _bands(pixels.shape):
+        errors = np.square(shown[rows].astype(np.float32) - pixels[rows])
+        total += float((errors if alpha is None else errors[alpha[rows] > 0]).sum())
+    return total
+
+
+def _with_own_palette(restored: Pixels, alpha: Pixels | None, own: Image.Image) -> tuple[Image.Image, bytes] | None:
+    """Of the changed pixels the nearest entry of the same alpha. None where pixels have no entry."""
+    palette = np.asarray(own.getpalette() or [], np.uint8).reshape(-1, 3)
+    index = np.array(own)
+    if index.max() >= len(palette):
+        return None
+    alphas = np.full(256, 255, np.uint8)
+    match own.info.get("transparency"):
+        case int(entry):
+            alphas[entry] = 0
+        case bytes(values):
+            alphas[: len(values)] = np.frombuffer(values[:256], np.uint8)
+    alphas = alphas[: len(palette)]
+    changed = (palette[index] != restored).any(axis=2)
+    for level in (255,) if alpha is None else np.unique(alpha[changed]):
+        here = changed if alpha is None else changed & (alpha == level)
+        entries = np.flatnonzero(alphas == level) if alpha is not None else np.arange(len(palette))
+        choice = Image.new("P", (1, 1))
+        choice.putpalette(palette[np.resize(entries, 256)].tobytes())
+        nearest = Image.fromarray(restored[here][np.newaxis]).quantize(palette=choice, dither=Image.Dither.NONE)
+        index[here] = np.resize(entries, 256)[np.asarray(nearest)[0]]
+    image = Image.fromarray(index)
+    image.putpalette(palette.tobytes())
+    return image, b"" if alpha is None else alphas.tobytes()
+
+
+def _with_new_palette(restored: Pixels, alpha: Pixels, colours: int) -> tuple[Image.Image, bytes]:
     index = np.zeros(alpha.shape, np.uint8)
     entries, alphas = b"", b""
     levels, counts = np.unique(alpha, return_counts=True)
@@ -139,6 +190,12 @@ def with_palette(restored: Pixels, alpha: Pixels | None, colours: int) -> tuple[
     image = Image.fromarray(index)
     image.putpalette(entries)  # which makes it mode P
     return image, alphas
+
+
+def steps_of(values: Pixels, bits: int) -> Pixels:
+    """8-bit values to the nearest of fewer bits."""
+    steps: Pixels = ((values.astype(np.uint16) * (2**bits - 1) + 127) // 255).astype(np.uint8)
+    return steps
 
 
 def _three(gray: Pixels) -> Pixels:

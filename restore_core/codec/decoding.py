@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+import re
 import struct
 import sys
 import zlib
@@ -15,7 +16,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from restore_core import exif
-from restore_core.codec import colour, jpeg2000
+from restore_core.codec import bmp, colour, jpeg2000, png
 from restore_core.codec.colour import Native, Pixels
 from restore_core.codec.frames import split, too_large
 from restore_core.errors import ErrorClass, ItemError
@@ -123,9 +124,12 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, frames: Frames 
         if image.mode in ("RGB", "RGBA") and _is_deep(image, data):
             pixels, alpha, native = colour.rgb_of_deep(_deep_values(image, data, max_pixels))
         else:
-            pixels, alpha, native = colour.rgb_of(_loaded(image))
-        if native is None and alpha is None and isinstance(key := image.info.get("transparency"), (int, tuple)):
-            alpha = np.where((pixels == np.asarray(key, np.uint8)).all(axis=2), 0, 255).astype(np.uint8)
+            pixels, alpha, native = colour.rgb_of(as_stored(image))
+        if alpha is None and isinstance(key := image.info.get("transparency"), (int, tuple)):
+            values = pixels if native is None else native.reshape(height, width, -1)
+            if native is None and image.format == "PNG":  # the key is of as few bits as the file's values
+                values = colour.steps_of(pixels, png.depth_and_colour(data)[0])
+            alpha = np.where((values == np.asarray(key)).all(axis=2), 0, 255).astype(np.uint8)
     return Picture(
         pixels=pixels,
         format=image.format or "",
@@ -140,7 +144,7 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, frames: Frames 
     )
 
 
-def _loaded(image: ImageFile.ImageFile) -> Image.Image:
+def as_stored(image: ImageFile.ImageFile) -> Image.Image:
     """The pixels as they are stored: Pillow turns TIFF upright."""
     undo = _UNDO_TRANSPOSE.get(_tiff_orientation(image) or 1)
     image.load()
@@ -154,7 +158,7 @@ def _deep_values(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> Na
     """
     other = open_header(data, max_pixels=max_pixels)
     other.tile = [tile._replace(args=_swapped(tile.args)) for tile in other.tile]
-    high, low = (np.asarray(_loaded(one)) for one in (image, other))
+    high, low = (np.asarray(as_stored(one)) for one in (image, other))
     deep = high.astype(np.uint16)
     deep <<= 8
     deep |= low
@@ -203,6 +207,8 @@ def _decoding(data: bytes) -> Iterator[None]:
             if not _has_signature(data):
                 kind = "not_an_image"
                 message = f"no {', '.join(FORMATS)} file: it begins with {data[:8].hex(' ')}" if data else "empty file"
+            if name := _other_format(data):
+                kind, message = "unsupported", f"{name}; convert it to JPEG, PNG or TIFF first"
         raise ItemError(kind, one_line(message)) from error
 
 
@@ -211,12 +217,32 @@ def _cut_off(data: bytes) -> ItemError:
 
 
 _SIGNATURES = (
-    b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"GIF8", b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n",
+    b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"GIF8",
+    b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n",
 )  # fmt: skip
 
 
 def _has_signature(data: bytes) -> bool:
     return data.startswith(_SIGNATURES) or data[8:12] == b"WEBP" or data[4:12] in (b"ftypavif", b"ftypavis")
+
+
+_OTHER_FORMATS = {
+    "HEIF": rb"....ftyp(hei|hev|mif1|msf1)",
+    "JPEG XL": rb"\0\0\0\x0cJXL ",
+    "camera raw": rb"....ftypcrx|FUJIFILM|II\x1a\0\0\0HEAP",
+    "Photoshop": rb"8BPS",
+    "GIMP": rb"gimp xcf",
+    "PNM": rb"P[1-7]\s",
+    "OpenEXR": rb"\x76\x2f\x31\x01",
+    "MNG or JNG": rb"(\x8aM|\x8bJ)NG\r\n",
+    "icon": rb"\0\0[\1\2]\0[^\0]\0",
+    "DDS": rb"DDS ",
+}
+"""Images all the same, by how they begin."""
+
+
+def _other_format(data: bytes) -> str | None:
+    return next((name for name, start in _OTHER_FORMATS.items() if re.match(start, data, re.DOTALL)), None)
 
 
 def _is_cut_off(data: bytes) -> bool:
@@ -252,7 +278,7 @@ _FORMAT_MODES = {
     "PNG": ("L", "LA", "RGB", "RGBA", "P", *DEEP_MODES),
     "WEBP": ("RGB", "RGBA"),
     "TIFF": MODES,
-    "BMP": ("L", "RGB", "P"),
+    "BMP": ("L", "RGB", "RGBA", "P"),
     "GIF": ("L", "P"),
     "AVIF": ("L", "RGB", "RGBA"),
     "JPEG2000": ("L", "LA", "RGB", "RGBA"),
@@ -276,9 +302,9 @@ def _unsupported(image: ImageFile.ImageFile, data: bytes, frames: int) -> str | 
         case "PNG":
             return _unsupported_png(image, data)
         case "BMP":
-            depth = int.from_bytes(data[24:26] if data[14] == 12 else data[28:30], "little")
-            if depth == 16 or (image.mode == "P" and depth != 8):
-                return f"BMP with {depth} bits a pixel; convert it to PNG first"
+            depth = bmp.depth(data)
+            if depth == 1 or (image.mode == "L" and depth != 8):
+                return f"BMP with {depth} bits a pixel{' and grey' * (depth > 1)}; convert it to PNG first"
         case "AVIF":
             at = data.find(b"av1C")
             if at < 0 or data[at + 6] & 0x40:
@@ -288,13 +314,17 @@ def _unsupported(image: ImageFile.ImageFile, data: bytes, frames: int) -> str | 
     return _unsupported_tiff(image, data) if isinstance(image, TiffImageFile) else None
 
 
+_GRAY_ALPHA = 4
+"""Colour type of PNG."""
+
+
 def _unsupported_png(image: ImageFile.ImageFile, data: bytes) -> str | None:
-    depth, deep = data[24], _is_deep(image, data)
-    # Pillow silently makes 8 bits of 2, 4 and 16
-    if depth < (2 if image.mode == "P" else 8) or (deep and image.mode == "RGBA" and data[25] == 4):
-        return f"PNG with {depth} bits a channel{' and alpha' * deep}; convert it to 8-bit grey, RGB or RGBA first"
-    if deep and isinstance(image.info.get("transparency"), (bytes, int, tuple)):  # a text of that name is only a text
-        return "PNG of 16 bits with one colour marked as transparent; convert it to an alpha channel first"
+    convert = "convert it to 8-bit grey, RGB or RGBA first"
+    (depth, kind), deep = png.depth_and_colour(data), _is_deep(image, data)
+    if depth == 1:
+        return f"PNG with 1 bit a channel; {convert}"
+    if deep and image.mode == "RGBA" and kind == _GRAY_ALPHA:  # Pillow makes 8 bits of them
+        return f"PNG with 16 bits a channel and alpha; {convert}"
     return None
 
 
@@ -302,7 +332,7 @@ def _is_deep(image: ImageFile.ImageFile, data: bytes) -> bool:
     """16 bits a channel."""
     if isinstance(image, TiffImageFile):
         return set(_as_tuple(image.tag_v2.get(258, 1))) == {16}
-    return image.format == "PNG" and data[24] == 16
+    return image.format == "PNG" and png.depth_and_colour(data)[0] == 16
 
 
 def _unsupported_tiff(image: TiffImageFile, data: bytes) -> str | None:

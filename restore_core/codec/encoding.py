@@ -4,8 +4,9 @@ import io
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFile, ImageSequence
@@ -13,9 +14,17 @@ from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 from PIL.TiffImagePlugin import TiffImageFile
 
 from restore_core import exif
-from restore_core.codec import avif, colour, jpeg2000
+from restore_core.codec import avif, bmp, colour, jpeg2000, png
 from restore_core.codec.colour import Native, Pixels
-from restore_core.codec.decoding import BROKEN_FILE, DEFAULT_MAX_PIXELS, Picture, decode, one_line, open_header
+from restore_core.codec.decoding import (
+    BROKEN_FILE,
+    DEFAULT_MAX_PIXELS,
+    Picture,
+    as_stored,
+    decode,
+    one_line,
+    open_header,
+)
 from restore_core.codec.frames import alphas, animation_options
 from restore_core.errors import ItemError
 
@@ -46,7 +55,7 @@ def encode(pixels: Pixels, source: bytes, *, picture: Picture, software: str, st
             case "PNG":
                 return _encode_png(pixels, picture, original, source, block, strip_metadata)
             case "WEBP":
-                return _saved(_image(pixels, picture), "WEBP", **_webp_options(original, source, block, strip_metadata))
+                return _encode_webp(pixels, picture, original, source, block, strip_metadata)
             case "AVIF":
                 image = _image(pixels, picture)
                 return _saved(image, "AVIF", **_avif_options(image, original, block, strip_metadata))
@@ -54,8 +63,10 @@ def encode(pixels: Pixels, source: bytes, *, picture: Picture, software: str, st
                 return _encode_gif(pixels, picture, original, strip_metadata)
             case "JPEG2000":
                 return _encode_jpeg2000(_image(pixels, picture), source, strip_metadata)
-        image = colour.with_palette(pixels, None, 256)[0] if picture.mode == "P" else _image(pixels, picture)
-        return _saved(image, "BMP", dpi=original.info.get("dpi", (96, 96)))
+        if picture.mode == "P":
+            image, _ = colour.with_palette(pixels, None, 2 ** bmp.depth(source), as_stored(original))
+            return bmp.encoded(image, source)
+        return bmp.encoded(_image(pixels, picture), source)
     except (*BROKEN_FILE, MemoryError) as error:
         raise ItemError(
             "encode", one_line(f"cannot write as {original.format}: {error or type(error).__name__}")
@@ -167,8 +178,8 @@ def _animation(
             frames = [_gif_frame(image) for image in images]
             return _saved_frames(frames, "GIF", options | _gif_comment(original, strip))
         case "PNG":
-            png = _saved_frames(images, "PNG", options | {"compress_level": 1})
-            return _png_like(source, list(_png_chunks(png)), [], block, strip)
+            new = _saved_frames(images, "PNG", options | {"compress_level": 1})
+            return _png_like(source, list(png.chunks(new)), [], block, strip)
         case "AVIF":
             return _saved_frames(images, "AVIF", options | _avif_options(images[0], original, block, strip))
     return _saved_frames(images, "WEBP", options | _webp_options(original, source, block, strip))
@@ -208,10 +219,8 @@ def _gif_frame(image: Image.Image) -> Image.Image:
 def _strip_jpeg(source: bytes, block: bytes) -> bytes:
     """Without what follows the picture, such as others with metadata of their own (MPO)."""
     kept, at = [source[:2]], 2
-    while at + 4 <= len(source) and source[at + 1] != 0xD9:  # end of image
-        if source[at] != 0xFF:
-            raise ItemError("encode", "its metadata cannot be taken out: the segments are damaged")
-        if source[at + 1] == 0xFF:  # a filling byte
+    while at + 4 <= len(source) and source[at : at + 2] != _JPEG_END:
+        if source[at] != 0xFF or source[at + 1] in (0, 0xFF):  # decoders pass over it
             at += 1
             continue
         end = at + 2 + int.from_bytes(source[at + 2 : at + 4], "big")
@@ -225,7 +234,7 @@ def _strip_jpeg(source: bytes, block: bytes) -> bytes:
         at = end
     if block:
         kept.insert(1, struct.pack(">BBH", 0xFF, 0xE1, len(block) + 8) + b"Exif\0\0" + block)
-    return b"".join([*kept, source[at : at + 2]])
+    return b"".join([*kept, _JPEG_END])
 
 
 def _strip_webp(source: bytes, block: bytes) -> bytes:
@@ -273,18 +282,27 @@ def _encode_jpeg(image: Image.Image, original: JpegImageFile, block: bytes, stri
         tables, sampling = [[min(steps) for steps in zip(*tables, strict=True)]], 0
     if len(block) > 65_527:  # it fitted before the note was added; JPEG segments end at 64 KiB
         block = exif.bare(info.get("exif"))
-    return _saved(
+    keep_rgb = info.get("adobe_transform") == 0 and len(tables) == 3
+    jpeg = _saved(
         image,
         "JPEG",
         qtables=tables[:2] if tables[1:2] == tables[2:3] else tables,
-        subsampling=sampling if sampling >= 0 else 0,  # kinds that Pillow cannot write: keep all of the colour
-        keep_rgb=info.get("adobe_transform") == 0 and len(tables) == 3,
+        # kinds that Pillow cannot write, and any of RGB as it is: keep all of the colour
+        subsampling=sampling if sampling >= 0 and not keep_rgb else 0,
+        keep_rgb=keep_rgb,
         progressive=bool(info.get("progressive")),
-        dpi=info["dpi"] if info.get("jfif_unit") in (1, 2) else (0, 0),
         icc_profile=info.get("icc_profile"),
         exif=b"Exif\0\0" + block if block else b"",
         **({} if strip else options),
     )
+    return _with_jpeg_density(jpeg, info)
+
+
+def _with_jpeg_density(jpeg: bytes, info: dict[str | tuple[int, int], Any]) -> bytes:
+    """The source's JFIF density in its own unit, also where that is none and it tells the pixels' aspect ratio."""
+    if jpeg[6:11] != b"JFIF\0" or "jfif_density" not in info:
+        return jpeg
+    return jpeg[:13] + struct.pack(">BHH", info["jfif_unit"], *info["jfif_density"]) + jpeg[18:]
 
 
 def _segments(original: JpegImageFile) -> bytes:
@@ -300,6 +318,26 @@ def _segments(original: JpegImageFile) -> bytes:
     )
 
 
+def _encode_webp(
+    pixels: Pixels, picture: Picture, original: ImageFile.ImageFile, source: bytes, block: bytes, strip: bool
+) -> bytes:
+    webp = _saved(_image(pixels, picture), "WEBP", **_webp_options(original, source, block, strip))
+    return webp if picture.alpha is None else _with_alpha_marks(webp, picture)
+
+
+def _with_alpha_marks(webp: bytes, picture: Picture) -> bytes:
+    """The marks of an alpha channel, which libwebp leaves out where all is opaque."""
+    chunks = webp[12:]
+    if not chunks.startswith(b"VP8X"):
+        sides = b"".join((side - 1).to_bytes(3, "little") for side in (picture.width, picture.height))
+        chunks = b"VP8X" + struct.pack("<II", 10, 0) + sides + chunks
+    file = bytearray(b"RIFF" + struct.pack("<I", len(chunks) + 4) + b"WEBP" + chunks)
+    file[20] |= 0x10
+    if _lossless(file):
+        file[_webp_pixels(file) + 12] |= 0x10
+    return bytes(file)
+
+
 def _webp_options(original: ImageFile.ImageFile, source: bytes, block: bytes, strip: bool) -> dict[str, object]:
     quality = {"lossless": True, "quality": 20, "method": 1} if _lossless(source) else {"quality": 95}
     return quality | {
@@ -311,14 +349,20 @@ def _webp_options(original: ImageFile.ImageFile, source: bytes, block: bytes, st
     }
 
 
-def _lossless(webp: bytes) -> bool:
+def _lossless(webp: bytes | bytearray) -> bool:
+    at = _webp_pixels(webp)
+    return webp[at : at + 4] == b"VP8L"
+
+
+def _webp_pixels(webp: bytes | bytearray) -> int:
+    """Where the chunk of the pixels, or of the first frame's, begins."""
     at = 12
     while at + 8 <= len(webp) and webp[at : at + 4] not in (b"VP8L", b"VP8 "):
         if webp[at : at + 4] == b"ANMF":  # a frame: its chunks follow
             at += 24
             continue
         at += 8 + (int.from_bytes(webp[at + 4 : at + 8], "little") + 1) // 2 * 2
-    return webp[at : at + 4] == b"VP8L"
+    return at
 
 
 _PNG_LAYOUT = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"hIST", b"acTL", b"fcTL", b"fdAT", b"eXIf")
@@ -327,7 +371,7 @@ _PNG_COLOUR = (b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP", b"sBIT", b"pHYs")
 
 
 def _png_exif(original: ImageFile.ImageFile, source: bytes) -> bytes:
-    for kind, body in _png_chunks(source):
+    for kind, body in png.chunks(source):
         if kind == b"eXIf":
             return body
     text = original.info.get("Raw profile type exif")  # where older ImageMagick put it
@@ -340,34 +384,37 @@ def _png_exif(original: ImageFile.ImageFile, source: bytes) -> bytes:
 def _encode_png(
     pixels: Pixels, picture: Picture, original: ImageFile.ImageFile, source: bytes, block: bytes, strip: bool
 ) -> bytes:
-    transparency: list[tuple[bytes, bytes]] = []
+    transparency: list[png.Chunk] = []
+    depth, _ = png.depth_and_colour(source)
     if picture.mode == "P":
-        depth = source[24]
-        image, alphas = colour.with_palette(pixels, picture.alpha, 2**depth)
+        image, alphas = colour.with_palette(pixels, picture.alpha, 2**depth, as_stored(original))
         palette = image.getpalette() or []
         # Pillow takes fewer bits a pixel where the palette has few colours: the last one again until it does not.
         image.putpalette(palette + palette[-3:] * (_PNG_COLOURS[depth] - len(palette) // 3))
-        png = _saved(image, "PNG", compress_level=1, bits=depth, **({"transparency": alphas} if alphas else {}))
-    elif _has_deep_colour(picture):
-        png = _deep_png(_native(pixels, picture))
-    elif picture.alpha is not None and isinstance(key := original.info.get("transparency"), (int, tuple)):
-        visible = replace(picture, alpha=None)
-        png = _saved(_image(_keyed(pixels, picture, key), visible), "PNG", compress_level=1)
-        transparency = [chunk for chunk in _png_chunks(source) if chunk[0] == b"tRNS"]
+        new = _saved(image, "PNG", compress_level=1, bits=depth, **({"transparency": alphas} if alphas else {}))
     else:
-        png = _saved(_image(pixels, picture), "PNG", compress_level=1)
-    return _png_like(source, list(_png_chunks(png)), transparency, block, strip)
+        has_key = picture.alpha is not None and picture.mode not in ("LA", "RGBA")
+        key = as_stored(original).info.get("transparency") if has_key else None  # it may follow the pixels
+        if picture.alpha is not None and isinstance(key, (int, tuple)):
+            values = _keyed(_values(pixels, replace(picture, alpha=None), depth), picture.alpha, key)
+            transparency = [chunk for chunk in png.chunks(source) if chunk[0] == b"tRNS"]
+        else:
+            values = _values(pixels, picture, depth)
+        if _has_deep_colour(picture):
+            new = _deep_png(values)
+        elif depth < 8:
+            new = _shallow_png(values, depth)
+        else:
+            new = _saved(Image.fromarray(values), "PNG", compress_level=1)
+    return _png_like(source, list(png.chunks(new)), transparency, block, strip)
 
 
-def _png_like(
-    source: bytes, new: list[tuple[bytes, bytes]], transparency: list[tuple[bytes, bytes]], block: bytes, strip: bool
-) -> bytes:
+def _png_like(source: bytes, new: list[png.Chunk], transparency: list[png.Chunk], block: bytes, strip: bool) -> bytes:
     """The new file's pixels among the source's ancillary chunks, byte for byte."""
-    old = list(_png_chunks(source))
+    old = list(png.chunks(source))
     first = next(index for index, (kind, _) in enumerate(old) if kind == b"IDAT")
     before = [chunk for chunk in old[:first] if _is_kept(chunk[0], strip)]
-    return _png(
-        source[:8],
+    return png.joined(
         [
             new[0],
             *before,
@@ -385,15 +432,21 @@ def _is_kept(kind: bytes, strip: bool) -> bool:
     return kind not in _PNG_LAYOUT and (kind in _PNG_COLOUR or not strip)
 
 
-def _keyed(pixels: Pixels, picture: Picture, key: int | tuple[int, ...]) -> Pixels:
+def _values(pixels: Pixels, picture: Picture, depth: int) -> Native:
+    """As they are written: [H, W] or [H, W, channels] of `depth` bits."""
+    if _has_deep_colour(picture):
+        return _native(pixels, picture)
+    values = np.asarray(_image(pixels, picture))
+    return colour.steps_of(values, depth) if depth < 8 else values
+
+
+def _keyed(values: Native, alpha: Pixels, key: int | tuple[int, ...]) -> Native:
     """The transparent colour where it was before, and a colour beside it where restoration came upon it by chance."""
-    gray = isinstance(key, int)
-    values = np.asarray(Image.fromarray(pixels).convert("L")) if gray else pixels
-    last = values[:, :, np.newaxis].copy() if gray else pixels.copy()
-    clash = (last == np.asarray(key, np.uint8)).all(axis=2)
-    last[clash, -1] ^= 1
-    last[picture.alpha == 0] = key
-    return np.repeat(last, 3, axis=2) if gray else last
+    last = values.copy()
+    channels = last.reshape(*alpha.shape, -1)
+    channels[(channels == np.asarray(key)).all(axis=2), -1] ^= 1
+    channels[alpha == 0] = np.asarray(key).astype(last.dtype)
+    return last
 
 
 def _deep_png(deep: Native) -> bytes:
@@ -407,32 +460,28 @@ def _deep_png(deep: Native) -> bytes:
         above = values
     packed.append(packer.flush())
     header = struct.pack(">IIBBBBB", width, height, 16, 6 if channels == 4 else 2, 0, 0, 0)
-    return _png(b"\x89PNG\r\n\x1a\n", [(b"IHDR", header), (b"IDAT", b"".join(packed)), (b"IEND", b"")])
+    return png.joined([(b"IHDR", header), (b"IDAT", b"".join(packed)), (b"IEND", b"")])
+
+
+def _shallow_png(values: Pixels, bits: int) -> bytes:
+    """Grey of 2 or 4 bits, which Pillow does not write: as a picture with a palette, without the palette."""
+    steps = Image.fromarray(values)
+    steps.putpalette(bytes(3 * 2**bits))
+    (_, header), *others = png.chunks(_saved(steps, "PNG", compress_level=1, bits=bits))
+    gray = (b"IHDR", header[:9] + b"\0" + header[10:])
+    return png.joined([gray, *(chunk for chunk in others if chunk[0] != b"PLTE")])
 
 
 def _strip_png(source: bytes, block: bytes) -> bytes:
-    chunks = [chunk for chunk in _png_chunks(source) if chunk[0] != b"eXIf" and (chunk[0] in _PNG_LAYOUT + _PNG_COLOUR)]
+    chunks = [chunk for chunk in png.chunks(source) if chunk[0] != b"eXIf" and (chunk[0] in _PNG_LAYOUT + _PNG_COLOUR)]
     if block:
         chunks.insert(1, (b"eXIf", block))
-    return _png(source[:8], chunks)
-
-
-def _png(signature: bytes, chunks: list[tuple[bytes, bytes]]) -> bytes:
-    return signature + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
-    )
-
-
-def _png_chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
-    at = 8
-    while at + 12 <= len(png):
-        size = int.from_bytes(png[at : at + 4], "big")
-        yield png[at + 4 : at + 8], png[at + 8 : at + 8 + size]
-        at += size + 12
+    return png.joined(chunks)
 
 
 _PNG_COLOURS = {2: 3, 4: 5, 8: 17}
 """By bits a pixel: fewer fit into less."""
+_JPEG_END = b"\xff\xd9"
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 """That is no part of coded pixels (escaped bytes, restarts)."""
 _TIFF_LOSSLESS = ("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "lzma", "zstd")
@@ -455,9 +504,13 @@ def _encode_tiff(
     if _has_deep_colour(picture):
         tiff = bytearray(_deep_tiff(_native(pixels, picture), "zlib" if compression != "raw" else None, icc_profile))
     else:
+        if picture.mode == "P":
+            image, _ = colour.with_palette(pixels, None, 256, as_stored(original))
+        else:
+            image = _image(pixels, picture)
         tiff = bytearray(
             _saved(
-                colour.with_palette(pixels, None, 256)[0] if picture.mode == "P" else _image(pixels, picture),
+                image,
                 "TIFF",
                 compression=compression if compression in _TIFF_LOSSLESS else "tiff_adobe_deflate",
                 icc_profile=icc_profile,
@@ -466,11 +519,12 @@ def _encode_tiff(
         )
     layout, _ = exif.read_ifd(tiff, exif.first_ifd(tiff))
     entries = {entry.tag: entry for entry in layout}
-    for entry in exif.read_ifd(source, exif.first_ifd(source))[0]:
-        if strip and entry.tag not in (*_TIFF_RESOLUTION, exif.ORIENTATION):
-            continue
-        if entry.tag not in _TIFF_LAYOUT:
-            entries[entry.tag] = exif.moved(entry, source, tiff)
+    tags = [
+        entry
+        for entry in exif.read_ifd(source, exif.first_ifd(source), skip_damaged=True)[0]
+        if entry.tag not in _TIFF_LAYOUT and (not strip or entry.tag in (*_TIFF_RESOLUTION, exif.ORIENTATION))
+    ]
+    entries |= {entry.tag: entry for entry in exif.all_moved(tags, source, tiff)}
     if not strip:
         entries[exif.SOFTWARE] = exif.text_entry(exif.SOFTWARE, software)
     exif.write_first_ifd(tiff, entries.values(), 0)
@@ -506,24 +560,26 @@ def _avif_options(image: Image.Image, original: ImageFile.ImageFile, block: byte
 
 
 def _encode_gif(pixels: Pixels, picture: Picture, original: ImageFile.ImageFile, strip: bool) -> bytes:
-    options = {"interlace": bool(original.info.get("interlace")), **_gif_comment(original, strip)}
-    if picture.mode == "L" and picture.alpha is None:
-        return _without_gif_palette(_saved(_image(pixels, picture), "GIF", optimize=False, **options))
-    return _saved(_with_gif_palette(pixels, picture.alpha), "GIF", **options)
+    options = {"interlace": bool(original.info.get("interlace")), "optimize": False, **_gif_comment(original, strip)}
+    if picture.left_out == 0:
+        options |= {name: original.info[name] for name in ("duration", "loop") if name in original.info}
+    if picture.mode == "P":
+        return _saved(_with_gif_palette(pixels, picture.alpha, as_stored(original)), "GIF", **options)
+    image = _image(pixels, replace(picture, alpha=None))
+    if picture.alpha is not None:
+        options["transparency"] = key = original.info["transparency"]
+        image = Image.fromarray(_keyed(np.asarray(image), picture.alpha, key))
+    return _saved(image, "GIF", **options)
 
 
-def _without_gif_palette(source: bytes) -> bytes:
-    """A GIF of grey tones in their order, as one without a palette is read; Pillow always writes a palette."""
-    tones = bytes(tone for tone in range(256) for _ in range(3))
-    if source[13 : 13 + len(tones)] != tones:
-        return source
-    return source[:10] + bytes([source[10] & 0x70]) + source[11:13] + source[13 + len(tones) :]
-
-
-def _with_gif_palette(pixels: Pixels, alpha: Pixels | None) -> Image.Image:
-    image, alphas = colour.with_palette(pixels, alpha, 256)
-    if 0 in alphas:
-        image.info["transparency"] = alphas.index(0)
+def _with_gif_palette(pixels: Pixels, alpha: Pixels | None, own: Image.Image | None = None) -> Image.Image:
+    """An index that is transparent, if any is, also where no pixel has it."""
+    unused = alpha is not None and alpha.all()
+    image, alphas = colour.with_palette(pixels, alpha, 255 if unused else 256, own)
+    if unused and 0 not in alphas:
+        image.putpalette([*(image.getpalette() or []), 0, 0, 0])
+    if alpha is not None:
+        image.info["transparency"] = (alphas + b"\0").index(0)
     return image
 
 

@@ -9,6 +9,7 @@ from PIL import Image, ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from restore_core import exif
+from restore_core.codec import png
 from restore_core.errors import ItemError
 
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
@@ -34,7 +35,7 @@ def split(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> list[byte
             ) from error
     if image.format not in _ANIMATED:
         raise ItemError("unsupported", f"{image.format} with {frames} pictures; {advice}")
-    if image.format == "PNG" and (image.mode not in ("L", "LA", "RGB", "RGBA") or data[24] != 8):
+    if image.format == "PNG" and (image.mode not in ("L", "LA", "RGB", "RGBA") or png.depth_and_colour(data)[0] != 8):
         raise ItemError("unsupported", f"animated PNG with a palette, or not of 8 bits; {advice}")
     if image.format == "AVIF" and image.getexif().get(exif.ORIENTATION, 1) != 1:  # Pillow 13.0.0 crashes on writing it
         raise ItemError("unsupported", f"animated AVIF that is not stored upright; {advice}")

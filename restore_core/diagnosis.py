@@ -109,9 +109,11 @@ def repair_only(
 
 def _colour(images: Tensor, kept: Tensor, weight: Tensor) -> Tensor:
     """How far the surviving, locally averaged colours are from grey, of 255, times their weight."""
-    local = _mean_around(images.float() * kept, 9) / weight.clamp(min=0.05)
-    spread = (local - local.mean(dim=1, keepdim=True)).abs().mean(dim=1, keepdim=True)
-    return spread * weight
+    planes = images.to(torch.float32, memory_format=torch.contiguous_format)  # colour by colour, as it is faster
+    red, green, blue = _mean_around(planes * kept, 9).split_with_sizes([1, 1, 1], dim=1)
+    grey = (red + green + blue) / 3
+    spread = ((red - grey).abs_() + (green - grey).abs_() + (blue - grey).abs_()) / 3
+    return spread * (weight / weight.clamp(min=0.05))
 
 
 def _mean_around(x: Tensor, side: int) -> Tensor:
@@ -131,14 +133,12 @@ def _sum_around(x: Tensor, side: int) -> Tensor:
         length = x.shape[dim]
         half = side // 2
         window = F.pad(x, (0, 0, half, half) if dim == 2 else (half, half, 0, 0))
-        x, done, width = torch.zeros_like(x), 0, 1
-        while True:
-            if side & width:
-                x += window.narrow(dim, done, length)
-                done += width
-            if done == side:
-                break
+        x, done, width = window.narrow(dim, 0, length).clone(), 1, 1
+        while done < side:
             size = window.shape[dim] - width
             window = window.narrow(dim, 0, size) + window.narrow(dim, width, size)
             width *= 2
+            if side & width:
+                x += window.narrow(dim, done, length)
+                done += width
     return x

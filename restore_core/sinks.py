@@ -1,6 +1,7 @@
 """Where restored photographs go: the encoded file, its atomic write, and the row that says so."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
 
@@ -48,7 +49,7 @@ def encode(
     by more than `max_change` (mean absolute difference, of 255); `encode`.
     """
     difference = compare(picture.pixels, restored)
-    if reason := nothing_left(difference):
+    if reason := nothing_left(difference, picture.pixels, restored):
         raise ItemError("model", f"{reason}; the original is kept")
     change = difference.change
     if max_change is not None and change > max_change:
@@ -81,44 +82,20 @@ class Difference:
     """The result is of one colour."""
     clipped: float
     """Share of the result's values that are 0 or 255."""
-    same: float
-    """Share of the input's values within `SAME` of the result's."""
-    near: float
-    """Share of the input's values within `NEAR` of the result's."""
-    variation: float
-    """How far the middle half of the input's local means spreads, in the channel where it does most, of 255."""
 
 
 def compare(before: Pixels, after: Pixels) -> Difference:
-    """Compare uint8 pictures [H, W, 3] of one size, band by band."""
-    height, width, _ = before.shape
-    local = min(LOCAL, height), min(LOCAL, width)
-    band = max(1, BAND_PIXELS // (width * local[0])) * local[0]
-    total = clipped = same = near = 0
+    """Compare uint8 pictures [H, W, 3] of one size."""
+    total = clipped = 0
     flat = True
-    means = []
-    for top in range(0, height, band):
-        a, b = before[top : top + band], after[top : top + band]
-        distance = np.maximum(a, b) - np.minimum(a, b)
-        total += int(distance.sum(dtype=np.int64))
-        clipped += int(np.count_nonzero((b == 0) | (b == 255)))
-        same += int(np.count_nonzero(distance <= SAME))
-        near += int(np.count_nonzero(distance <= NEAR))
+    for a, b in _bands(before, after):
+        total += int(_distance(a, b).sum(dtype=np.int64))
+        clipped += int(np.count_nonzero(b + np.uint8(1) < 2))  # 255 + 1 is 0
         flat = flat and bool((b == after[0, 0]).all())
-        means.append(_local_means(a, *local))
-    quarter, three_quarters = np.percentile(np.concatenate(means), (25, 75), axis=0)
-    return Difference(
-        pixels=height * width,
-        change=total / before.size,
-        flat=flat,
-        clipped=clipped / before.size,
-        same=same / before.size,
-        near=near / before.size,
-        variation=float((three_quarters - quarter).max()),
-    )
+    return Difference(before.shape[0] * before.shape[1], total / before.size, flat, clipped / before.size)
 
 
-def nothing_left(difference: Difference) -> str | None:
+def nothing_left(difference: Difference, before: Pixels, after: Pixels) -> str | None:
     """Why a result cannot be a restored picture: one flat colour, or only black and white, though the input was not.
 
     An empty page under noise or flipped pixels hardly varies in its local means; under patches most of it has kept its
@@ -126,11 +103,36 @@ def nothing_left(difference: Difference) -> str | None:
     """
     if difference.pixels < JUDGED_PIXELS:
         return None
-    if difference.flat and difference.variation > VARIED and difference.same < 0.5:
+    if difference.flat and _variation(before) > VARIED and _share_within(SAME, before, after) < 0.5:
         return "the network returned one flat colour"
-    if difference.clipped > CLIPPED_SHARE and difference.near < 0.5:
+    if difference.clipped > CLIPPED_SHARE and _share_within(NEAR, before, after) < 0.5:
         return "the network returned nothing but black and white"
     return None
+
+
+def _bands(*pictures: Pixels) -> Iterator[tuple[Pixels, ...]]:
+    """Of pictures of one size, rows of whole squares of local means."""
+    height, width, _ = pictures[0].shape
+    rows = max(1, BAND_PIXELS // (width * LOCAL)) * LOCAL
+    for top in range(0, height, rows):
+        yield tuple(picture[top : top + rows] for picture in pictures)
+
+
+def _distance(a: Pixels, b: Pixels) -> Pixels:
+    return np.maximum(a, b) - np.minimum(a, b)
+
+
+def _share_within(most: int, before: Pixels, after: Pixels) -> float:
+    """Share of the values that differ by no more than that."""
+    return sum(int(np.count_nonzero(_distance(a, b) <= most)) for a, b in _bands(before, after)) / before.size
+
+
+def _variation(pixels: Pixels) -> float:
+    """How far the middle half of the local means spreads, in the channel where it does most, of 255."""
+    sides = min(LOCAL, pixels.shape[0]), min(LOCAL, pixels.shape[1])
+    means = np.concatenate([_local_means(band, *sides) for (band,) in _bands(pixels)])
+    quarter, three_quarters = np.percentile(means, (25, 75), axis=0)
+    return float((three_quarters - quarter).max())
 
 
 def _local_means(pixels: Pixels, height: int, width: int) -> npt.NDArray[np.float64]:

@@ -73,8 +73,8 @@ def test_the_difference_is_that_of_the_whole_whatever_the_bands(
     distance = np.abs(after.astype(int) - before)
     assert found.pixels == size[0] * size[1]
     assert found.change == pytest.approx(distance.mean(), rel=1e-12)
-    assert found.same == (distance <= 8).mean()
-    assert found.near == (distance <= 32).mean()
+    assert sinks._share_within(8, before, after) == (distance <= 8).mean()
+    assert sinks._share_within(32, before, after) == (distance <= 32).mean()
     assert found.clipped == np.isin(after, (0, 255)).mean()
     assert found.flat == (after == after[0, 0]).all()
     assert sinks.compare(before, np.full_like(before, [3, 200, 90])).flat
@@ -121,7 +121,7 @@ def test_a_photograph_of_which_nothing_is_left_is_not_written(name: str, spoilt:
     with pytest.raises(ItemError, match=r"model: the network returned (one flat colour|nothing but black and white);"):
         written(image, result)
     for before, damage in zip(damaged_photographs(name), DAMAGES, strict=True):
-        assert sinks.nothing_left(sinks.compare(before, result)), damage
+        assert sinks.nothing_left(sinks.compare(before, result), before, result), damage
 
 
 def line_art() -> Pixels:
@@ -160,7 +160,8 @@ def legitimate() -> dict[str, Pixels]:
 def test_what_held_little_may_be_restored_to_that(name: str, damage: str) -> None:
     """What a perfect network would make of it is written."""
     image = legitimate()[name]
-    assert sinks.nothing_left(sinks.compare(damaged(image, **DAMAGES[damage]), image)) is None
+    before = damaged(image, **DAMAGES[damage])
+    assert sinks.nothing_left(sinks.compare(before, image), before, image) is None
 
 
 def test_tiny_pictures_are_not_judged() -> None:

@@ -44,7 +44,7 @@ def restoring() -> Iterator[str]:
     yield "## Restoring"
     yield (
         "Images a second, medians of all rounds; the contestants take turns over the same damaged files, each in a "
-        "process of its own, and all are restored. By hand means files through Pillow and the network and no more: no "
+        "process of its own, and nearly all are restored. By hand means files through Pillow and the network and no more: no "
         "diagnosis, no metadata, no quality tables, no ledger."
     )
     for result in results:

@@ -58,6 +58,8 @@ class Contestant:
     """A folder for what is restored."""
     model: str
     """A bundled model's name, or the path of a model folder."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where torch's network is."""
     precision: Precision = "float32"
     """Of the network's arithmetic."""
     batch_size: int = 16
@@ -109,16 +111,17 @@ class ImageOnly(torch.nn.Module):
 
 def torch_network(job: Contestant, threads: int, *, compiled: bool = False) -> Network:
     torch.set_num_threads(threads)
-    network = ImageOnly(job)
+    network = ImageOnly(job).to(job.device)
     run = torch.compile(network) if compiled else network
 
     @torch.inference_mode()
     def restore(batch: Pixels) -> Pixels:
-        x = torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last) / 255
-        with torch.autocast("cpu", torch.bfloat16, enabled=job.precision == "bfloat16"):
+        x = torch.from_numpy(batch).to(job.device).permute(0, 3, 1, 2)
+        x = x.contiguous(memory_format=torch.channels_last) / 255
+        with torch.autocast(job.device, torch.bfloat16, enabled=job.precision == "bfloat16"):
             image = run(x)
         image = (image.float() * 255).round_().clamp_(0, 255).to(torch.uint8)
-        return image.permute(0, 2, 3, 1).contiguous().numpy()
+        return image.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
     return restore
 
@@ -160,7 +163,7 @@ def openvino_network(job: Contestant) -> Network:
 
 
 def loop(decoded: Iterable[tuple[Path, Pixels]], job: Contestant, network: Network, *, write: bool = True) -> None:
-    together = BATCH_PIXELS if job.name in BY_HAND else BEST_BATCH_PIXELS
+    together = BATCH_PIXELS if job.name in BY_HAND or job.device == "cuda" else BEST_BATCH_PIXELS
     for paths, pixels in batches(decoded, job.batch_size, together):
         restored = network(pixels)
         if write:

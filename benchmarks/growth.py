@@ -7,12 +7,14 @@ a process of its own.
 """
 
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -95,6 +97,33 @@ def measure(job: Growth) -> dict[str, float]:
     return result
 
 
+def account_rate(rows: int = 200_000, at_once: int = 128) -> float:
+    """Rows a second that the driver can take from the workers and write down: the most that one job can do."""
+    from restore_core.lease import Lease
+    from restore_core.manifest import Ledger, Overview, Row, rows_of, table_of
+    from restore_core.pipelines.account import Account
+
+    def row(index: int) -> Row:
+        key = f"collection-{index // PER_FOLDER:05d}/photograph of the year {index % PER_FOLDER:04d}.jpg"
+        return Row(
+            key=key, status="restored", size=12_345, etag=f"{index:032x}", input_sha256=f"{index:064x}", format="JPEG",
+            mode="RGB", width=250, height=250, output_key=key, output_sha256=f"{index:064x}", model="0" * 64,
+            options="0" * 16, sigma=25.0, flips=0.1, patches=0.1, gray=0.0, change=9.5, seconds=0.1, node="worker",
+            run_id="growth", finished_at=datetime.now(UTC),
+        )  # fmt: skip
+
+    tables = [table_of(map(row, range(start, start + at_once))) for start in range(0, rows, at_once)]
+    with tempfile.TemporaryDirectory() as folder:
+        output = LocalStorage(Path(folder).resolve())
+        with Lease(output, "_restore/lease.json", "growth") as lease:
+            account = Account(Ledger(output, "growth"), lease, Overview(), max_failed_share=1.0)
+            started = time.perf_counter()
+            for table in tables:
+                account.add(rows_of(table))
+            account.flush()
+            return rows / (time.perf_counter() - started)
+
+
 def main(job: Growth) -> int:
     if job.one:
         print("result:", json.dumps(measure(job)))
@@ -108,7 +137,9 @@ def main(job: Growth) -> int:
             return done.returncode
         results.append(json.loads(done.stdout.rpartition("result:")[2]))
         print(results[-1])
-    job.output.write_text(json.dumps({**provenance.record(), "results": results}, indent=2) + "\n")
+    rates = [round(account_rate()) for _ in range(5)]
+    result = {**provenance.record(), "driver_rows_per_second": statistics.median(rates), "results": results}
+    job.output.write_text(json.dumps(result, indent=2) + "\n")
     return command_line.DONE
 
 

@@ -1,14 +1,15 @@
 #!/usr/bin/env python
-"""Write benchmarks/README.md from the result files beside it, so that no figure there is typed."""
+"""Write benchmarks/README.md, and the table in README.md, from the result files: no figure there is typed."""
 
 import json
-import sys
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
-PAGE = FOLDER / "README.md"
+PAGE, README = FOLDER / "README.md", FOLDER.parent / "README.md"
+BEGIN, END = "<!-- written by benchmarks/page.py -->\n", "<!-- until here -->\n"
 NAMES = (
     ("job, steady state", "**the job, steady state**"),
     ("job, start-up included", "the job, start-up included"),
@@ -44,8 +45,8 @@ def restoring() -> Iterator[str]:
     yield "## Restoring"
     yield (
         "Images a second, medians of all rounds; the contestants take turns over the same damaged files, each in a "
-        "process of its own, and nearly all are restored. By hand means files through Pillow and the network and no more: no "
-        "diagnosis, no metadata, no quality tables, no ledger."
+        "process of its own, and nearly all are restored. By hand means files through Pillow and the network and no "
+        "more: no diagnosis, no metadata, no quality tables, no ledger."
     )
     for result in results:
         rates = result["images_per_second"]
@@ -64,6 +65,8 @@ def restoring() -> Iterator[str]:
         yield "\n".join(rows)
         memory = ", ".join(f"{kind} {size}" for kind, size in result["memory_mb"].items())
         ratios = ", ".join(f"{ratio:.2f} {what}" for what, ratio in result["ratios"].items())
+        if result["device"] == "cuda":
+            memory += f"; GPU busy {statistics.median(result['gpu_busy_percent']):.0f} % of its time"
         yield (
             f"{ratios}. First photograph after {result['first_image_seconds']:.1f} s. Most memory, MB: {memory}. "
             f"{result['object_store_bytes_per_image']:,} bytes an image between processes of Ray. "
@@ -95,7 +98,29 @@ def growing() -> Iterator[str]:
     lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     lines += ["| " + " | ".join(f"{row[name]:,}" for name in names) + " |" for row in result["results"]]
     yield "\n".join(lines)
+    yield f"The driver can take and write down {result['driver_rows_per_second']:,} rows a second, on a local disk."
     yield origin(result)
+
+
+def summary() -> str:
+    """The README's table."""
+    lines = [
+        "| files | network | the job | floor | loop by hand | ONNX Runtime | OpenVINO | first photograph, s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted((FOLDER / "restore").glob("*.json")):
+        result = json.loads(path.read_text())
+        rates = result["images_per_second"]
+        floor = rates["job, steady state"] / result["ratios"]["of the slower floor"]
+        by_hand = max(rates[name] for name in ("plain loop", "pool", "data loader", "ray template") if name in rates)
+        others = (f"{rates[name]:.1f}" if name in rates else "" for name in ("onnxruntime", "openvino"))
+        cells = (
+            result["corpus"], f"`{result['model']['name']}`, {result['precision']}",
+            f"**{rates['job, steady state']:.1f}**", f"{floor:.1f}", f"{by_hand:.1f}", *others,
+            f"{result['first_image_seconds']:.1f}",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def origin(result: dict[str, Any]) -> str:
@@ -106,5 +131,6 @@ def origin(result: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page())
-    print(PAGE.relative_to(Path.cwd()) if PAGE.is_relative_to(Path.cwd()) else PAGE)
-    sys.exit(0)
+    before, _, rest = README.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(before + BEGIN + summary() + END + after)

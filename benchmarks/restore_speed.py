@@ -56,6 +56,8 @@ class RestoreSpeed:
     """The result file."""
     model: str = "faces"
     """A bundled model's name, or the path of a model folder."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the network is; on a GPU without the runtimes for CPUs and without pools of networks."""
     precision: Precision = "float32"
     """Of the network's arithmetic, in all."""
     batch_size: int = 16
@@ -72,17 +74,22 @@ class RestoreSpeed:
         require(self.images >= 4 * CORES, "images", self.images, f"use {4 * CORES} or more")
 
 
-class Memory(threading.Thread):
-    """The most that was resident of each kind of a job's processes, megabytes."""
+class Watch(threading.Thread):
+    """While a job runs: the most that was resident of each kind of its processes, megabytes; how busy the GPU was."""
 
-    def __init__(self, mark: str) -> None:
+    def __init__(self, mark: str, device: str) -> None:
         super().__init__(daemon=True)
         self._mark = mark.encode()
+        self._device = device
         self._ended = threading.Event()
         self.most: dict[str, float] = {}
+        self.busy: list[int] = []
 
     def run(self) -> None:
         while not self._ended.wait(0.5):
+            if self._device == "cuda":
+                command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+                self.busy.append(int(subprocess.check_output(command, text=True).split()[0]))  # noqa: S603
             for folder in Path("/proc").glob("[0-9]*"):
                 try:
                     if self._mark not in (folder / "environ").read_bytes():
@@ -95,10 +102,9 @@ class Memory(threading.Thread):
                 if kind and (peak := [line for line in status.splitlines() if line.startswith("VmHWM")]):
                     self.most[kind] = max(self.most.get(kind, 0), int(peak[0].split()[1]) / 1024)
 
-    def end(self) -> dict[str, int]:
+    def end(self) -> None:
         self._ended.set()
         self.join()
-        return {kind: round(self.most[kind]) for kind in KINDS if kind in self.most}
 
 
 def contestant(name: Name, job: RestoreSpeed, source: Path, target: Path) -> float:
@@ -109,6 +115,7 @@ def contestant(name: Name, job: RestoreSpeed, source: Path, target: Path) -> flo
         [
             sys.executable, "benchmarks/contestants.py", "--name", name, "--input", source, "--output", target,
             "--model", job.model, "--precision", job.precision, "--batch-size", str(job.batch_size),
+            "--device", job.device,
         ],
         cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -130,18 +137,20 @@ class Measured:
     """Images per second once each worker has finished its first unit."""
     memory: dict[str, int]
     """Most of each kind of process, MB."""
+    busy: float | None
+    """Of the GPU, percent: the median of the time in which it was at work at all."""
 
 
 def the_job(job: RestoreSpeed, source: Path, target: Path) -> Measured:
     mark = f"RESTORE_SPEED={os.getpid()}-{time.monotonic_ns()}"
     name, _, value = mark.partition("=")
-    memory = Memory(mark)
-    memory.start()
+    watch = Watch(mark, job.device)
+    watch.start()
     started = datetime.now(UTC)
     done = subprocess.run(  # noqa: S603
         [
             sys.executable, "jobs/restore_bucket.py", "--input", source, "--output", target, "--model", job.model,
-            "--precision", job.precision, "--batch-size", str(job.batch_size), "--device", "cpu",
+            "--precision", job.precision, "--batch-size", str(job.batch_size), "--device", job.device,
         ],
         cwd=ROOT, env={**os.environ, name: value}, capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -155,7 +164,14 @@ def the_job(job: RestoreSpeed, source: Path, target: Path) -> Measured:
     times = sorted(rows["finished_at"].to_pylist())
     skipped = CORES * min(job.batch_size, math.ceil(len(times) / (2 * CORES)))  # what each begins with
     steady = (len(times) - skipped) / (times[-1] - times[skipped - 1]).total_seconds()
-    return Measured((times[0] - started).total_seconds(), len(times) / seconds, steady, memory.end())
+    watch.end()
+    return Measured(
+        first=(times[0] - started).total_seconds(),
+        whole=len(times) / seconds,
+        steady=steady,
+        memory={kind: round(watch.most[kind]) for kind in KINDS if kind in watch.most},
+        busy=statistics.median(filter(None, watch.busy)) if any(watch.busy) else None,
+    )
 
 
 def between_processes(rows: pa.Table, batch_size: int) -> float:
@@ -206,6 +222,7 @@ def main(job: RestoreSpeed) -> int:
     steady = medians["job, steady state"]
     floors = {name: medians[name] for name in FLOORS if name in medians}
     model = max((rate for name, rate in floors.items() if name != "codec only"), default=None)
+    on_cpu = model and job.device == "cpu"
     others = {name: rate for name in get_args(Name) if name not in FLOORS and (rate := medians.get(name))}
     result = {
         **provenance.record(),
@@ -214,6 +231,8 @@ def main(job: RestoreSpeed) -> int:
         "megapixels": round(megapixels, 3),
         "encoded_bytes": size,
         "model": {"name": job.model, "sha256": checkpoint.read(job.model).sha256},
+        "device": job.device,
+        "gpu_busy_percent": [run.busy for run in runs],
         "precision": job.precision,
         "images_per_second": {name: round(rate, 3) for name, rate in medians.items()},
         "first_image_seconds": round(statistics.median(run.first for run in runs), 2),
@@ -222,7 +241,7 @@ def main(job: RestoreSpeed) -> int:
         "ratios": {
             **({"of the slower floor": round(steady / min(model, floors["codec only"]), 3)} if model else {}),
             # On CPUs both take their time from the same cores.
-            **({"of both floors": round(steady * (1 / model + 1 / floors["codec only"]), 3)} if model else {}),
+            **({"of both floors": round(steady * (1 / model + 1 / floors["codec only"]), 3)} if on_cpu else {}),
             **({"of the best by hand": round(steady / max(others.values()), 3)} if others else {}),
         },
         "rounds": rates,

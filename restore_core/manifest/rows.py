@@ -4,7 +4,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -86,7 +86,8 @@ SCHEMA = pa.schema([pa.field(field.name, _TYPES.get(field.name, pa.string())) fo
 
 
 def table_of(rows: Iterable[Row]) -> pa.Table:
-    return pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA)
+    rows = list(rows)
+    return pa.Table.from_pydict({name: [getattr(row, name) for row in rows] for name in SCHEMA.names}, schema=SCHEMA)
 
 
 def rows_of(table: pa.Table) -> list[Row]:

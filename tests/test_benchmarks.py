@@ -1,0 +1,56 @@
+"""The speed benchmarks at their smallest: they run to their end, and what they write is what the page reads."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import skimage.data
+from PIL import Image
+
+from benchmarks import corpora, page, restore_speed
+from benchmarks.contestants import CORES
+
+Models = Callable[[int], Path]
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photographs")
+    for name in ("astronaut", "coffee", "chelsea"):
+        Image.fromarray(getattr(skimage.data, name)()).save(folder / f"{name}.jpg")
+    return folder
+
+
+@pytest.mark.parametrize("name", corpora.CORPORA)
+def test_files_are_as_they_are_called(name: str, photographs: Path, tmp_path: Path) -> None:
+    corpus = corpora.CORPORA[name]
+    corpora.write(corpus, sorted(photographs.iterdir()), 4, tmp_path)
+    found = [Image.open(path) for path in sorted(tmp_path.iterdir())]
+    assert len(found) == 4
+    for image in found:
+        assert image.format == corpus.format or (corpus.format is None and image.format in ("JPEG", "PNG", "WEBP"))
+        assert image.size == (corpus.width, corpus.height) or (corpus.width is None and 1 <= max(image.size) <= 1600)
+    assert corpora.megapixels(tmp_path) == sum(image.width * image.height for image in found) / 1e6
+
+
+def test_all_take_turns_and_the_page_says_so(
+    photographs: Path, small_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = restore_speed.RestoreSpeed(
+        photographs=photographs, corpus="jpeg-250", images=4 * CORES, output=tmp_path / "restore/small.json",
+        model=str(small_model(1)), batch_size=2, rounds=1,
+        contestants=("plain loop", "pool", "data loader", "codec only", "model only", "model only, pool"),
+    )  # fmt: skip
+    assert restore_speed.main(job) == 0
+    result = json.loads(job.output.read_text())
+    rates = result["images_per_second"]
+    assert set(rates) == {"job, steady state", "job, start-up included", *job.contestants}
+    assert all(rate > 0 for rate in rates.values())
+    slower = min(rates["codec only"], max(rates["model only"], rates["model only, pool"]))
+    assert result["ratios"]["of the slower floor"] == pytest.approx(rates["job, steady state"] / slower, rel=0.01)
+    assert {"driver", "worker", "codec"} <= set(result["memory_mb"])
+    (tmp_path / "growth.json").write_text((page.FOLDER / "growth.json").read_text())
+    monkeypatch.setattr(page, "FOLDER", tmp_path)
+    assert f"| {rates['plain loop']:.2f} |" in page.page()
+    assert f"| **{rates['job, steady state']:.1f}** |" in page.summary()

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -27,7 +28,7 @@ def commit() -> str:
 def record() -> dict[str, object]:
     """What every result file says about where its numbers come from."""
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "commit": commit(),
         "date": today(),
         "hardware": cpu(),

@@ -218,7 +218,6 @@ class RayNetwork:
     """What Ray's documentation shows: a class with the model, called with a batch of columns."""
 
     def __init__(self, job: Contestant) -> None:
-        self.job = job
         self.network = torch_network(job, threads=1)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -40,15 +40,18 @@ def page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def restored() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted((FOLDER / "restore").glob("*.json"))]
+
+
 def restoring() -> Iterator[str]:
-    results = [json.loads(path.read_text()) for path in sorted((FOLDER / "restore").glob("*.json"))]
     yield "## Restoring"
     yield (
         "Images a second, medians of all rounds; the contestants take turns over the same damaged files, each in a "
         "process of its own, and nearly all are restored. By hand means files through Pillow and the network and no "
         "more: no diagnosis, no metadata, no quality tables, no ledger."
     )
-    for result in results:
+    for result in restored():
         rates = result["images_per_second"]
         steady = rates["job, steady state"]
         megapixels = result["megapixels"] / result["images"]
@@ -108,8 +111,7 @@ def summary() -> str:
         "| files | network | the job | floor | loop by hand | ONNX Runtime | OpenVINO | first photograph, s |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for path in sorted((FOLDER / "restore").glob("*.json")):
-        result = json.loads(path.read_text())
+    for result in restored():
         rates = result["images_per_second"]
         floor = rates["job, steady state"] / result["ratios"]["of the slower floor"]
         by_hand = max(rates[name] for name in ("plain loop", "pool", "data loader", "ray template") if name in rates)

@@ -19,14 +19,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pyarrow as pa
 
 from benchmarks import corpora
-from benchmarks.contestants import CORES, Name
+from benchmarks.contestants import BY_HAND, CORES, Name
 from jobs import command_line
 from restore_core import checkpoint, manifest, provenance
 from restore_core.config import Precision, require
@@ -36,7 +36,8 @@ from restore_core.pipelines.listing import object_units
 from restore_core.storage import LocalStorage
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = "codec only", "model only", "model only, compiled", "model only, pool"
+MODEL_FLOORS = "model only", "model only, compiled", "model only, pool"
+FLOORS = "codec only", *MODEL_FLOORS
 KINDS = {
     "driver": "restore_bucket.py", "worker": "RestoreUnit", "codec": "restore_core.codec", "raylet": "raylet",
     "control": "gcs_server",
@@ -72,6 +73,10 @@ class RestoreSpeed:
 
     def __post_init__(self) -> None:
         require(self.images >= 4 * CORES, "images", self.images, f"use {4 * CORES} or more")
+        names = set(self.contestants)
+        complete = "codec only" in names and names.intersection(MODEL_FLOORS) and names.intersection(BY_HAND)
+        advice = "name 'codec only', one that begins with 'model only', and one by hand, to compare with"
+        require(bool(complete), "contestants", " ".join(self.contestants), advice)
 
 
 class Watch(threading.Thread):
@@ -137,6 +142,8 @@ class Measured:
     """Images per second once each worker has finished its first unit."""
     memory: dict[str, int]
     """Most of each kind of process, MB."""
+    passed: float
+    """Bytes an image between Ray's processes."""
     busy: float | None
     """Of the GPU, percent: the median of the time in which it was at work at all."""
 
@@ -170,6 +177,7 @@ def the_job(job: RestoreSpeed, source: Path, target: Path) -> Measured:
         whole=len(times) / seconds,
         steady=steady,
         memory={kind: round(watch.most[kind]) for kind in KINDS if kind in watch.most},
+        passed=between_processes(rows, job.batch_size),
         busy=statistics.median(filter(None, watch.busy)) if any(watch.busy) else None,
     )
 
@@ -184,35 +192,31 @@ def between_processes(rows: pa.Table, batch_size: int) -> float:
     return float((there + rows.nbytes) / len(rows))
 
 
-def turns(job: RestoreSpeed, source: Path) -> Iterator[tuple[str, float | Measured, float]]:
-    """Who, what was measured, bytes between processes an image (of the job)."""
+def turns(job: RestoreSpeed, source: Path) -> Iterator[tuple[str, float | Measured]]:
+    """Who, and what was measured: of the others, images per second."""
     for number in range(job.rounds):
         names = ["job", *job.contestants]
         for name in names[number % len(names) :] + names[: number % len(names)]:
             with tempfile.TemporaryDirectory() as folder:
                 target = Path(folder).resolve()
                 if name == "job":
-                    measured = the_job(job, source, target)
-                    rows = manifest.Ledger(LocalStorage(target), "reader").latest()
-                    yield name, measured, between_processes(rows, job.batch_size)
+                    yield name, the_job(job, source, target)
                 else:
-                    yield name, contestant(name, job, source, target), 0.0  # type: ignore[arg-type]
+                    yield name, contestant(name, job, source, target)  # type: ignore[arg-type]
 
 
 def main(job: RestoreSpeed) -> int:
     rates: dict[str, list[float]] = {}
     runs: list[Measured] = []
-    passed = 0.0
     photographs = sorted(job.photographs.rglob("*.jpg"))
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder).resolve()
         corpora.write(corpora.CORPORA[job.corpus], photographs, job.images, source)
         megapixels = corpora.megapixels(source)
         size = sum(path.stat().st_size for path in source.iterdir())
-        for name, measured, between in turns(job, source):
+        for name, measured in turns(job, source):
             if isinstance(measured, Measured):
                 runs.append(measured)
-                passed = between
                 rates.setdefault("job, steady state", []).append(measured.steady)
                 rates.setdefault("job, start-up included", []).append(measured.whole)
             else:
@@ -220,10 +224,8 @@ def main(job: RestoreSpeed) -> int:
             print(name, measured, flush=True)
     medians = {name: statistics.median(values) for name, values in rates.items()}
     steady = medians["job, steady state"]
-    floors = {name: medians[name] for name in FLOORS if name in medians}
-    model = max((rate for name, rate in floors.items() if name != "codec only"), default=None)
-    on_cpu = model and job.device == "cpu"
-    others = {name: rate for name in get_args(Name) if name not in FLOORS and (rate := medians.get(name))}
+    codec, model = medians["codec only"], max(medians[name] for name in MODEL_FLOORS if name in medians)
+    other = max(medians[name] for name in job.contestants if name not in FLOORS)
     result = {
         **provenance.record(),
         "corpus": corpora.CORPORA[job.corpus].title,
@@ -237,12 +239,12 @@ def main(job: RestoreSpeed) -> int:
         "images_per_second": {name: round(rate, 3) for name, rate in medians.items()},
         "first_image_seconds": round(statistics.median(run.first for run in runs), 2),
         "memory_mb": {kind: max(run.memory.get(kind, 0) for run in runs) for kind in runs[0].memory},
-        "object_store_bytes_per_image": round(passed),
+        "object_store_bytes_per_image": round(runs[-1].passed),
         "ratios": {
-            **({"of the slower floor": round(steady / min(model, floors["codec only"]), 3)} if model else {}),
+            "of the slower floor": round(steady / min(model, codec), 3),
             # On CPUs both take their time from the same cores.
-            **({"of both floors": round(steady * (1 / model + 1 / floors["codec only"]), 3)} if on_cpu else {}),
-            **({"of the best by hand": round(steady / max(others.values()), 3)} if others else {}),
+            **({"of both floors": round(steady * (1 / model + 1 / codec), 3)} if job.device == "cpu" else {}),
+            "of the best by hand": round(steady / other, 3),
         },
         "rounds": rates,
     }

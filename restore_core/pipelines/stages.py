@@ -43,8 +43,8 @@ LARGE_PIXELS = 2**20
 """For a picture of that many or more the network takes what it needs piece by piece, and all is given back after it: it
 would be in the encoder's way, and comes again in other sizes."""
 IDLE_BYTES = 3 * 2**29
-"""After others it is kept, until so much lies unused: pictures that all differ in size leave gaps that fit no other. A
-batch of 2**20 pixels through `faces` leaves 1.2 GB, which the next one takes."""
+"""After others it is kept, until so much lies unused: pictures that all differ in size leave gaps that fit no other.
+2**20 pixels through `faces` leave 1.2 GB, which the next ones take."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -672,3 +672,15 @@ def test_importing_stays_light() -> None:
     code = f"import sys, restore_core.codec; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_avif_is_the_same_file_on_a_machine_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its encoder cuts large pictures into as many parts as it may use threads, which by default is the machine's."""
+    smooth = np.asarray(Image.fromarray(random_pixels(9, 9, 1)).resize((4000, 3000), Image.Resampling.BICUBIC))
+    source = file_of(Image.fromarray(smooth), "AVIF", speed=10)
+    picture = decode(source)
+    files = set()
+    for threads in (1, 8):
+        monkeypatch.setattr("PIL.AvifImagePlugin._get_default_max_threads", lambda threads=threads: threads)
+        files.add(encode(picture.pixels, source, picture=picture, software=SOFTWARE))
+    assert len(files) == 1

@@ -553,6 +553,8 @@ def _avif_options(image: Image.Image, original: ImageFile.ImageFile, block: byte
     return {
         "quality": 100 if "A" in image.mode else 95,  # which is also the alpha's: 100 keeps it as it is
         "subsampling": "4:0:0" if image.mode == "L" else "4:4:4",
+        "speed": 9,  # 8 times faster than Pillow's 6, for 8 % more bytes
+        "max_threads": 1,  # with more the bytes differ, and other files have the other cores
         "icc_profile": original.info.get("icc_profile"),
         "exif": block,
         "xmp": b"" if strip else original.info.get("xmp", b""),

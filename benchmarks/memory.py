@@ -6,6 +6,7 @@ pixel takes. More images go through one job, all kinds in turn, smooth ones, and
 is written down for each tenth of them. The network is as small as it goes: what is looked at is not the network's.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -209,7 +210,7 @@ def over_many(job: Memory, kinds: tuple[str, ...], model: Path) -> dict[str, Any
     ends = [row["finished_at"].timestamp() for row in rows]
     tenths = [started, *(ends[(len(ends) * part) // 10 - 1] for part in range(1, 11))]
     most: dict[str, list[int]] = {kind: [] for kind in (*KINDS, "worker and codecs")}
-    for begin, end in zip(tenths, tenths[1:], strict=False):
+    for begin, end in itertools.pairwise(tenths):
         samples = [sample for at, sample in watch.samples if begin <= at <= end]
         for kind, values in most.items():
             values.append(round(max((sample.get(kind, 0) for sample in samples), default=0)))

@@ -31,7 +31,7 @@ from jobs import command_line
 from restore_core import checkpoint, manifest, provenance
 from restore_core.config import Precision, require
 from restore_core.manifest import Row
-from restore_core.pipelines import cluster
+from restore_core.pipelines import cluster, stages
 from restore_core.pipelines.listing import object_units
 from restore_core.storage import LocalStorage
 
@@ -188,7 +188,7 @@ def between_processes(rows: pa.Table, batch_size: int) -> float:
         Row(key=row["key"], size=row["size"], etag=row["etag"], model=row["model"], options=row["options"], run_id="r")
         for row in rows.select(["key", "size", "etag", "model", "options"]).to_pylist()
     ]
-    there = sum(unit.nbytes for unit in object_units(listed, batch_size))
+    there = sum(stages.pack(unit).nbytes for unit in object_units(listed, batch_size))
     return float((there + rows.nbytes) / len(rows))
 
 

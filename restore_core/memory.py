@@ -17,7 +17,7 @@ TILE_BYTES = 900 * 10**6
 """What `faces` takes for a tile of 1024 x 1024 pixels."""
 RESTORING, CODING = 7, 34
 """Bytes a pixel of a large picture takes in a worker while it is restored, and in worker and codec together while it is
-encoded: of noise in a PNG of 8 bits, which packs worst. See DECISIONS.md."""
+encoded: of noise, which packs worst, in an 8-bit PNG; other kinds count as more pixels. See DECISIONS.md."""
 LEAST_PIXELS, MOST_PIXELS = 2**20, 2**30
 
 

@@ -1,16 +1,19 @@
 """jobs/restore_bucket.py that notes every write of an output, and may be told when to die.
 
-    COUNTED_NOTES=FILE COUNTED_FLUSH_ROWS=200 [COUNTED_DEATH="before 2"] [COUNTED_LISTED=40] \\
+    COUNTED_NOTES=FILE COUNTED_FLUSH_ROWS=200 [COUNTED_DEATH="before 2"] [COUNTED_LISTED=40] [COUNTED_NO_CUDA=1] \\
         python tests/counted_driver.py --input ...
 
 FILE gets a line with the key as each write begins. The ledger is appended to after so many rows, never by time. With
 COUNTED_DEATH the driver kills itself before or after (as soon as it has returned) the n-th time that this is done. So
-many objects as COUNTED_LISTED are listed before they are noted down.
+many objects as COUNTED_LISTED are listed before they are noted down. With COUNTED_NO_CUDA all goes as on GPUs, but for
+the network, which is on the CPU.
 """
 
+import dataclasses
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +31,55 @@ def counted(notes: Path) -> type:
 
     class CountedRestoreUnit:
         def __init__(self, *arguments: Any) -> None:
-            from restore_core import sinks
-            from restore_core.pipelines.restoration import RestoreUnit
+            from restore_core.pipelines import restoration
 
-            file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            write = sinks.write
-
-            def noted(row: Row, *others: Any) -> None:
-                os.write(file, f"{row.key}\n".encode())
-                write(row, *others)
-
-            sinks.write = noted
-            self.restore = RestoreUnit(*arguments)
+            note_writes(path)
+            self.restore = restoration.RestoreUnit(*arguments)
 
         def __call__(self, unit: pa.Table) -> pa.Table:
             return self.restore(unit)
 
     return CountedRestoreUnit
+
+
+def counted_task(notes: Path) -> Callable[..., pa.Table]:
+    """write_items in the same way."""
+    path = str(notes)
+
+    def write_items(*arguments: Any) -> pa.Table:
+        from restore_core.pipelines import restoration
+
+        note_writes(path)
+        return restoration.write_items(*arguments)
+
+    return write_items
+
+
+def note_writes(path: str) -> None:
+    """From now on in this process; once is enough."""
+    from restore_core import sinks
+
+    if hasattr(sinks.write, "noted"):
+        return
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    write = sinks.write
+
+    def noted(row: Row, *others: Any) -> None:
+        os.write(file, f"{row.key}\n".encode())
+        write(row, *others)
+
+    noted.noted = True  # type: ignore[attr-defined]
+    sinks.write = noted
+
+
+def without_cuda(run: type) -> type:
+    """RestoreRun whose network is on the CPU, whatever the device; local like the other."""
+
+    class OnCpu(run):  # type: ignore[valid-type, misc]
+        def restorer(self) -> Any:
+            return run.restorer(dataclasses.replace(self, device="cpu"))
+
+    return OnCpu
 
 
 def die_at_append(moment: str, number: int) -> None:
@@ -66,7 +101,11 @@ def die_at_append(moment: str, number: int) -> None:
 if __name__ == "__main__":
     from restore_core.pipelines import account, listing, restoration
 
-    restoration.RestoreUnit = counted(Path(os.environ["COUNTED_NOTES"]))  # type: ignore[misc]
+    its_notes = Path(os.environ["COUNTED_NOTES"])
+    restoration.RestoreUnit = counted(its_notes)  # type: ignore[misc]
+    if "COUNTED_NO_CUDA" in os.environ:
+        restoration.write_items = counted_task(its_notes)
+        restoration.RestoreRun = without_cuda(restoration.RestoreRun)  # type: ignore[misc]
     account.FLUSH_ROWS, account.FLUSH_SECONDS = int(os.environ["COUNTED_FLUSH_ROWS"]), float("inf")
     listing.NOTED_OBJECTS = int(os.environ.get("COUNTED_LISTED", listing.NOTED_OBJECTS))
     if "COUNTED_DEATH" in os.environ:

@@ -1,8 +1,23 @@
 """Finding, watching and waiting for processes that the tests have started themselves."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+Process = subprocess.Popen[str]
+
+TESTS = Path(__file__).resolve().parent
+GRACE_SECONDS = 120
+"""So long workers may take to end that have lost their driver or their node, on a busy machine."""
 
 
 def descendants(pid: int, title: str) -> list[int]:
@@ -45,3 +60,97 @@ def marked(variable: str, title: str = "") -> list[int]:
             except OSError:  # gone meanwhile, or somebody else's
                 continue
     return found
+
+
+class Started:
+    """Processes with a mark in their environment, by which whatever they leave behind is found and ended."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        # Short, for the sockets; its own, so that no other Ray of this machine is joined by mistake.
+        self._ray = tempfile.TemporaryDirectory(prefix="rt", dir="/tmp", ignore_cleanup_errors=True)
+        self._mark = f"RESTORE_TEST={uuid.uuid4().hex}"
+        self._processes: list[Process] = []
+
+    def run(self, script: str, *arguments: object, **environment: str) -> Process:
+        """Its standard output and error are in the folder, as NUMBER.out and NUMBER.err."""
+        name, _, value = self._mark.partition("=")
+        own = {name: value, "RAY_TMPDIR": self._ray.name, "RAY_AUTH_MODE": "disabled", **environment}
+        outer = {key: text for key, text in os.environ.items() if not key.startswith("RAY_")}
+        number = len(self._processes)
+        with (self._folder / f"{number}.out").open("w") as out, (self._folder / f"{number}.err").open("w") as err:
+            process = subprocess.Popen(
+                [sys.executable, TESTS / script, *map(str, arguments)],
+                stdin=subprocess.PIPE, stdout=out, stderr=err, text=True, env={**outer, **own},
+            )  # fmt: skip
+        self._processes.append(process)
+        return process
+
+    def said(self, process: Process, stream: str = "out") -> str:
+        return (self._folder / f"{self._processes.index(process)}.{stream}").read_text()
+
+    def wait_until_gone(self) -> None:
+        """Until no worker is left that could write. Ray's agents, which cannot, outlive their driver by a minute."""
+        wait_for(lambda: not marked(self._mark, "RestoreUnit"), GRACE_SECONDS)
+
+    def end(self) -> None:
+        kill(*marked(self._mark))
+        for process in self._processes:
+            process.communicate()
+        self._ray.cleanup()
+
+
+def kill(*pids: int) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def killed(process: Process) -> bool:
+    """Whether it has ended by SIGKILL. It stays a zombie, since nobody has waited for it."""
+    end = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    return end is not None and (end.si_code, end.si_status) == (os.CLD_KILLED, signal.SIGKILL)
+
+
+@contextmanager
+def started(folder: Path) -> Iterator[Started]:
+    processes = Started(folder)
+    try:
+        yield processes
+    finally:
+        processes.end()
+
+
+class Nodes:
+    """A Ray cluster of several nodes on this machine; see growing_cluster.py."""
+
+    def __init__(self, processes: Started, head_cpus: int) -> None:
+        self._processes = processes
+        self.process = processes.run("growing_cluster.py", head_cpus)
+        first = self._answer(1)
+        self.address: str = first["address"]
+        self.raylets: list[int] = [first["raylet"]]
+        """The processes that are the nodes, the head first."""
+
+    def add(self, cpus: int, gpus: int = 0) -> int:
+        """Returns when it has joined."""
+        self.raylets.append(self._told(f"{cpus} {gpus}", len(self.raylets) + 1)["raylet"])
+        return self.raylets[-1]
+
+    def _told(self, command: str, answers: int) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        print(command, file=self.process.stdin, flush=True)
+        return self._answer(answers)
+
+    def _answer(self, number: int) -> dict[str, Any]:
+        wait_for(
+            lambda: self.process.poll() is not None or self._processes.said(self.process).count("\n") == number, 90
+        )
+        lines = self._processes.said(self.process).splitlines()
+        assert len(lines) == number, self._processes.said(self.process, "err")
+        found: dict[str, Any] = json.loads(lines[-1])
+        return found
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()

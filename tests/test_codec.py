@@ -684,3 +684,13 @@ def test_avif_is_the_same_file_on_a_machine_of_any_size(monkeypatch: pytest.Monk
         monkeypatch.setattr("PIL.AvifImagePlugin._get_default_max_threads", lambda threads=threads: threads)
         files.add(encode(picture.pixels, source, picture=picture, software=SOFTWARE))
     assert len(files) == 1
+
+
+def test_pixels_that_take_more_memory_count_more() -> None:
+    budget = 1000 * 1000
+    for name, mode, times in (("PNG", "RGB", 34), ("PNG", "RGBA", 54), ("WEBP", "RGB", 72), ("TIFF", "RGBA", 54)):
+        side = int((budget * 34 / times) ** 0.5)
+        assert decode(image_of(name, mode, side, side), max_pixels=budget).width == side
+        message = failing(image_of(name, mode, side + 1, side + 1), "too_large", max_pixels=budget)
+        assert message.startswith(f"{side + 1} x {side + 1} pixels")
+        assert ("which count as" in message) == (times > 34)

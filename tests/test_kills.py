@@ -4,26 +4,18 @@ On tiny photographs, so that what is tested is the account and not the network.
 """
 
 import hashlib
-import json
 import math
-import os
 import random
-import signal
-import subprocess
-import sys
-import tempfile
 import time
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from counted_driver import counted
 from photos import encoded, write_tree
-from processes import descendants, marked, wait_for
+from processes import Nodes, Process, Started, descendants, kill, killed, started, wait_for
 
 from jobs import restore_bucket, verify_bucket
 from jobs.restore_bucket import RestoreBucket
@@ -34,11 +26,6 @@ pytestmark = pytest.mark.ray
 
 Models = Callable[[int], Path]
 Again = Callable[..., Counter[str]]
-Process = subprocess.Popen[str]
-
-TESTS = Path(__file__).resolve().parent
-GRACE_SECONDS = 120
-"""So long workers may take to end that have lost their driver or their node, on a busy machine."""
 
 
 def bound(actors: int, batch: int, flush_rows: int) -> int:
@@ -99,68 +86,6 @@ class Notes:
 
     def keys(self) -> Counter[str]:
         return Counter(self.path.read_text().splitlines()) if self.path.exists() else Counter()
-
-
-# --- Processes -----------------------------------------------------------------------------------------------------
-
-
-class Started:
-    """Processes with a mark in their environment, by which whatever they leave behind is found and ended."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        # Short, for the sockets; its own, so that no other Ray of this machine is joined by mistake.
-        self._ray = tempfile.TemporaryDirectory(prefix="kills", dir="/tmp", ignore_cleanup_errors=True)
-        self._mark = f"KILLS_TEST={uuid.uuid4().hex}"
-        self._processes: list[Process] = []
-
-    def run(self, script: str, *arguments: object, **environment: str) -> Process:
-        """Its standard output and error are in the folder, as NUMBER.out and NUMBER.err."""
-        name, _, value = self._mark.partition("=")
-        own = {name: value, "RAY_TMPDIR": self._ray.name, "RAY_AUTH_MODE": "disabled", **environment}
-        outer = {key: text for key, text in os.environ.items() if not key.startswith("RAY_")}
-        number = len(self._processes)
-        with (self._folder / f"{number}.out").open("w") as out, (self._folder / f"{number}.err").open("w") as err:
-            process = subprocess.Popen(
-                [sys.executable, TESTS / script, *map(str, arguments)],
-                stdin=subprocess.PIPE, stdout=out, stderr=err, text=True, env={**outer, **own},
-            )  # fmt: skip
-        self._processes.append(process)
-        return process
-
-    def said(self, process: Process, stream: str = "out") -> str:
-        return (self._folder / f"{self._processes.index(process)}.{stream}").read_text()
-
-    def wait_until_gone(self) -> None:
-        """Until no worker is left that could write. Ray's agents, which cannot, outlive their driver by a minute."""
-        wait_for(lambda: not marked(self._mark, "RestoreUnit"), GRACE_SECONDS)
-
-    def end(self) -> None:
-        kill(*marked(self._mark))
-        for process in self._processes:
-            process.communicate()
-        self._ray.cleanup()
-
-
-def kill(*pids: int) -> None:
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def killed(process: Process) -> bool:
-    """Whether it has ended by SIGKILL. It stays a zombie, since nobody has waited for it."""
-    end = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    return end is not None and (end.si_code, end.si_status) == (os.CLD_KILLED, signal.SIGKILL)
-
-
-@contextmanager
-def started(folder: Path) -> Iterator[Started]:
-    processes = Started(folder)
-    try:
-        yield processes
-    finally:
-        processes.end()
 
 
 # --- Short ones ----------------------------------------------------------------------------------------------------
@@ -356,10 +281,10 @@ def test_nothing_is_lost_or_doubled(
     with started(tmp_path) as processes:
         cluster, raylets, settings = None, [], {}
         if victim in ("node", "head"):
-            cluster = processes.run("three_nodes.py")
-            wait_for(lambda: cluster.poll() is not None or processes.said(cluster).endswith("\n"), 60)
-            found = json.loads(processes.said(cluster))
-            raylets, settings = found["raylets"], {"RAY_ADDRESS": found["address"]}
+            cluster = Nodes(processes, head_cpus=2)
+            cluster.add(2)
+            cluster.add(2)
+            raylets, settings = cluster.raylets, {"RAY_ADDRESS": cluster.address}
         driver = start_many(processes, many, output, small_model(1), actors, first, **settings)
         wait_for(lambda: driver.poll() is not None or first.count() >= at)
         if victim == "actor":
@@ -371,7 +296,8 @@ def test_nothing_is_lost_or_doubled(
             targets = [driver.pid]
         else:
             assert cluster is not None
-            targets = [driver.pid, cluster.pid, *descendants(driver.pid, ""), *descendants(cluster.pid, "")]
+            targets = [driver.pid, cluster.process.pid]
+            targets += [pid for process in targets for pid in descendants(process, "")]
         assert driver.poll() is None, "it was done already: " + processes.said(driver, "err")
         kill(*targets)
         killed_at = first.count()
@@ -383,8 +309,7 @@ def test_nothing_is_lost_or_doubled(
         next_driver = start_many(processes, many, output, small_model(1), 2, second)
         assert next_driver.wait(600) == 0, processes.said(next_driver, "err")
         if cluster is not None:
-            assert cluster.stdin is not None
-            cluster.stdin.close()
+            cluster.close()
         processes.wait_until_gone()
     assert_as_uninterrupted(many, output, uninterrupted)
     later = second.keys()

@@ -95,6 +95,17 @@ def test_a_hundred_megapixels_fit_a_small_worker(tmp_path: Path, model: Path, fi
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("file", ["a.jpg", "a.tif"])
+def test_a_scan_of_200_megapixels(tmp_path: Path, model: Path, file: str) -> None:
+    save(tmp_path / "in" / file, 12_500, 16_000)
+    (row,) = work(tmp_path / "in", tmp_path / "out", model)
+    assert (row["status"], row["message"]) == ("restored", None)
+    assert row["VmHWM"] < 3000
+    with Image.open(tmp_path / "out" / file) as image:
+        assert image.size == (16_000, 12_500)
+
+
+@pytest.mark.faults
 def test_a_hundred_megapixels_fit_2_gib_with_a_bundled_model(tmp_path: Path) -> None:
     """Ten minutes and more on one core, until it is written again: something is painted over."""
     save(tmp_path / "in/a.jpg", 10_000, 10_000)

@@ -1067,7 +1067,7 @@ def test_a_refused_option_is_one_line(command: Callable[..., str]) -> None:
 
 def test_workers_and_devices_that_are_not_there_are_refused(command: Callable[..., str], local_ray: None) -> None:
     refused(command(workers=99), "--workers 99: the cluster has 3 CPUs; use --workers 3")
-    refused(command(device="cuda"), "--device cuda: the cluster has 0 GPUs")
+    refused(command(device="cuda"), "--device cuda: needs 1 GPU for each worker, the cluster has 0 GPUs")
 
 
 def test_parquet_that_cannot_be_used_is_refused(command: Callable[..., str], tmp_path: Path) -> None:

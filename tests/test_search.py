@@ -264,7 +264,7 @@ def test_the_command_refuses_in_one_line_before_anything_is_written(
 def test_more_side_by_side_than_there_are_is_refused(run: Run, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^--parallel 9: the cluster has 3 CPUs; use --parallel 3 or add nodes$"):
         run(tmp_path, parallel="9")
-    with pytest.raises(UsageError, match=r"^--device cuda: the cluster has 0 GPUs"):
+    with pytest.raises(UsageError, match=r"^--device cuda: needs 1 GPU for each worker, the cluster has 0 GPUs"):
         run(tmp_path, device="cuda")
 
 

@@ -273,7 +273,7 @@ def test_more_workers_than_there_are_is_refused(run: Run, tmp_path: Path) -> Non
         run(tmp_path, workers="9")
     with pytest.raises(UsageError, match=r"^--batch-size 7: not a multiple of the 2 workers"):
         run(tmp_path, "seven", workers="2", batch_size=7)
-    with pytest.raises(UsageError, match=r"^--device cuda: the cluster has 0 GPUs"):
+    with pytest.raises(UsageError, match=r"^--device cuda: needs 1 GPU for each worker, the cluster has 0 GPUs"):
         job = Train(data=str(tmp_path), storage="x", device="cuda")
         assert job.device == "cuda"
         from restore_core.pipelines import cluster

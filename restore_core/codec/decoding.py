@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from restore_core import exif
+from restore_core import exif, memory
 from restore_core.codec import bmp, colour, jpeg2000, png
 from restore_core.codec.colour import Native, Pixels
 from restore_core.codec.frames import split, too_large
@@ -88,9 +88,9 @@ def decode_frames(data: bytes, *, max_pixels: int, frames: Frames = "refuse") ->
                 parts = split(image, data, max_pixels)
     if not parts:
         return [Frame(decode(data, max_pixels=max_pixels, frames=frames))]
-    total = sum(math.prod(open_header(part, max_pixels=max_pixels).size) for part in parts)
+    total = sum(_weighed(open_header(part, max_pixels=max_pixels), part) for part in parts)
     if total > max_pixels:
-        raise too_large(f"{len(parts)} pages of {total} pixels", max_pixels)
+        raise too_large(f"{len(parts)} pages that count as {total} pixels", max_pixels)
     return [Frame(decode(part, max_pixels=max_pixels), part) for part in parts]
 
 
@@ -105,12 +105,16 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, frames: Frames 
     """Decode one file of one picture, or the first one of several.
 
     Raises ItemError: `not_an_image`, `truncated`, `decode` (broken), `too_large` (more than `max_pixels`, known from
-    the header, nothing is decoded), `unsupported` (this version could not write it back whole), `out_of_memory`.
+    the header, nothing is decoded; pixels that take more memory than those of an 8-bit RGB file count as more),
+    `unsupported` (this version could not write it back whole), `out_of_memory`.
     """
     image = open_header(data, max_pixels=max_pixels)
     width, height = _stored_size(image)
-    if width * height > max_pixels:
-        raise too_large(f"{width} x {height} pixels", max_pixels)
+    with _decoding(data):
+        weighed = _weighed(image, data)
+    if weighed > max_pixels:
+        counted = f", which count as {weighed}," if weighed > width * height else ""
+        raise too_large(f"{width} x {height} pixels{counted}", max_pixels)
     with _decoding(data):
         count = getattr(image, "n_frames", 1)
     if reason := _unsupported(image, data, 1 if frames == "first" else count):
@@ -142,6 +146,22 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, frames: Frames 
         native=native,
         left_out=count - 1,
     )
+
+
+_HEAVIER_BYTES = {
+    "BMP": 44, "GIF": 44, "AVIF": 50, "JPEG2000": 64, "WEBP": 72, "P": 44, "CMYK": 50, "LA": 54, "RGBA": 54,
+}  # fmt: skip
+_DEEP_BYTES = 58
+"""Of noise, a pixel, in a worker and its codec together at their most, where that is more than `memory.CODING`."""
+
+
+def _weighed(image: ImageFile.ImageFile, data: bytes) -> int:
+    """Pixels, more for kinds of which each takes more memory."""
+    kinds = (image.format or "", image.mode)
+    heavier = [_HEAVIER_BYTES[kind] for kind in kinds if kind in _HEAVIER_BYTES]
+    if image.mode in ("RGB", "RGBA") and _is_deep(image, data):
+        heavier.append(_DEEP_BYTES)
+    return math.prod(image.size) * max([memory.CODING, *heavier]) // memory.CODING
 
 
 def as_stored(image: ImageFile.ImageFile) -> Image.Image:

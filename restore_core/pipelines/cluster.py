@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -36,7 +37,15 @@ WORKER_MEMORY = {
 }
 """Of processes that restore pictures of many sizes."""
 
+GROWS_TO = "RESTORE_GROWS_TO"
+"""Environment variable of the head node: CPUs and GPUs that its autoscaler can bring the workers to, CPU=64,GPU=8. Ray
+does not tell jobs; without it a job plans with the nodes that are there when it starts."""
+WAIT_S, WAIT_LINE_S = 1200.0, 15.0
+"""How long for a first node, and how often that is told. A GPU node on AWS takes about five minutes."""
+
 Device = Literal["auto", "cpu", "cuda"]
+
+logger = logging.getLogger(__name__)
 
 
 def quiet_data() -> None:
@@ -82,19 +91,59 @@ def _python_path() -> list[str]:
 
 
 def resources() -> tuple[int, int]:
-    """CPUs and GPUs of the cluster as it is now."""
-    total = ray.cluster_resources()
-    return int(total.get("CPU", 0)), int(total.get("GPU", 0))
+    """CPUs and GPUs for work: as many as there are now, or as the cluster can come to have by itself, if that is more.
+
+    Raises UsageError when `RESTORE_GROWS_TO` cannot be read.
+    """
+    total, growing = ray.cluster_resources(), _grows_to()
+    cpus, gpus = (max(int(total.get(name, 0)), growing.get(name, 0)) for name in ("CPU", "GPU"))
+    return cpus, gpus
+
+
+def _grows_to() -> dict[str, int]:
+    text = os.environ.get(GROWS_TO, "")
+    pairs = [pair.strip().partition("=") for pair in text.split(",") if pair.strip()]
+    if any(name not in ("CPU", "GPU") or not number.isdecimal() for name, _, number in pairs):
+        raise UsageError(f"{GROWS_TO}={text}: not of the form CPU=64,GPU=8; it is set where the head node starts")
+    return {name: int(number) for name, _, number in pairs}
 
 
 def pick_device(device: Device) -> Literal["cpu", "cuda"]:
-    """`auto` is cuda when the cluster has a GPU. Raises UsageError for cuda without one: Ray would wait for ever."""
-    _, gpus = resources()
+    """`auto` is cuda when the cluster has GPUs, or can have them. Returns when there is one such node at least.
+
+    Raises UsageError for what the cluster does not have, where Ray would wait for ever.
+    """
+    cpus, gpus = resources()
     if device == "cuda" and gpus == 0:
-        raise UsageError("--device cuda: the cluster has 0 GPUs; add GPU nodes or use --device cpu")
-    if device == "auto":
-        return "cuda" if gpus else "cpu"
-    return device
+        raise UsageError(
+            "--device cuda: needs 1 GPU for each worker, the cluster has 0 GPUs; add GPU nodes or use --device cpu"
+        )
+    if cpus == 0:
+        raise UsageError(
+            f"--device {device}: needs 1 CPU for each worker, the cluster has 0 CPUs for work; add a worker node, or "
+            f"start the head with {GROWS_TO} where nodes are added on demand"
+        )
+    found: Literal["cpu", "cuda"] = "cuda" if device == "cuda" or (device == "auto" and gpus) else "cpu"
+    _await_node(found)
+    return found
+
+
+def _await_node(device: Literal["cpu", "cuda"]) -> None:
+    """A task that cannot run yet is what lets Ray start a node; nothing is left of it if this process ends."""
+    name = "GPU" if device == "cuda" else "CPU"
+    if ray.cluster_resources().get(name, 0) >= 1:
+        return
+    started = time.monotonic()
+    first = ray.remote(num_cpus=1, num_gpus=int(device == "cuda"), max_retries=-1)(lambda: True).remote()
+    while not ray.wait([first], timeout=WAIT_LINE_S)[0]:
+        waited = time.monotonic() - started
+        if waited > WAIT_S:
+            ray.cancel(first)
+            raise UsageError(
+                f"--device {device}: no node with a {name} has come in {waited / 60:.0f} minutes; "
+                "`ray status` on the head says why"
+            )
+        logger.info("waiting for the first node with a %s, for %.0f s now", name, waited)
 
 
 def pixel_budget(workers: int) -> int:
@@ -108,5 +157,6 @@ def pixel_budget(workers: int) -> int:
 
 
 def cpus_per_node() -> int:
-    """CPUs of the smallest node that is alive."""
-    return min(int(node["Resources"].get("CPU", 1)) or 1 for node in ray.nodes() if node["Alive"])
+    """CPUs of the smallest node that works."""
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return min((cpus for cpus in nodes if cpus), default=1)  # the head often has none for work

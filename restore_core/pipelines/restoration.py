@@ -5,6 +5,7 @@ GPUs, tasks on the CPUs decode and encode around the actors that hold the model.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -44,6 +45,8 @@ the work begins with the first pages, and memory does not grow with the listing.
 seconds."""
 IO_THREADS = 8
 """Objects fetched, decoded, encoded and written at once in each actor."""
+MOST_ACTORS = 1024
+"""Which nodes that join may bring the model's processes to, unless told."""
 LEASE_FILE = f"{manifest.FOLDER}/lease.json"
 RUN_FILE = f"{manifest.FOLDER}/run.json"
 LOST_ROW = "working on it failed twice, the second time on this object alone: a crash, a hang, or see the log above"
@@ -140,7 +143,8 @@ class RestoreUnit(Stage):
         self.batch_size = batch_size
         self.restorer = self.run.restorer()
 
-    def __call__(self, unit: pa.Table) -> pa.Table:
+    def __call__(self, packed: pa.Table) -> pa.Table:
+        unit = stages.unpack(packed)
         rows = manifest.rows_of(unit.select(manifest.SCHEMA.names))
         file, group, target = (unit[name][0].as_py() for name in ("file", "group", "target"))
         if file is None:
@@ -152,37 +156,42 @@ class RestoreUnit(Stage):
         )
 
 
-class DecodeUnit(Stage):
+@functools.lru_cache(maxsize=1)
+def _stage(run: "ray.ObjectRef[RestoreRun]") -> Stage:
+    """What a process needs that decodes or writes; it stays for the tasks that follow there."""
+    return Stage([run])
+
+
+def decode_unit(packed: pa.Table, run: "list[ray.ObjectRef[RestoreRun]]") -> Iterator[pa.Table]:
     """unit -> items with pixels, in one table or more"""
+    stage = _stage(run[0])
+    rows = manifest.rows_of(stages.unpack(packed).select(manifest.SCHEMA.names))
+    items = stages.each(stage.pool, lambda row: stages.fetch(stages.Item(row), stage.run), rows)
+    for group in stages.groups(items, stage.run, stage.codecs, stage.pool):
+        yield stages.pack(stages.items_to_table(stages.decode(group, stage.run, stage.codecs, stage.pool)))
 
-    def __call__(self, unit: pa.Table) -> Iterator[pa.Table]:
-        rows = manifest.rows_of(unit.select(manifest.SCHEMA.names))
-        items = stages.each(self.pool, lambda row: stages.fetch(stages.Item(row), self.run), rows)
-        for group in stages.groups(items, self.run, self.codecs, self.pool):
-            yield stages.items_to_table(stages.decode(group, self.run, self.codecs, self.pool))
 
-
-class RestoreItems(Stage):
+class RestoreItems:
     """items with pixels -> items with restored pixels"""
 
     def __init__(self, run: "list[ray.ObjectRef[RestoreRun]]") -> None:
-        super().__init__(run)
-        self.restorer = self.run.restorer()
+        known: RestoreRun = ray.get(run[0])
+        torch.set_num_threads(known.threads)
+        self.restorer = known.restorer()
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        items = stages.items_of_table(table)
+    def __call__(self, packed: pa.Table) -> pa.Table:
+        items = stages.items_of_table(stages.unpack(packed))
         stages.restore(items, self.restorer)
-        return stages.items_to_table(items)
+        return stages.pack(stages.items_to_table(items))
 
 
-class WriteItems(Stage):
+def write_items(packed: pa.Table, run: "list[ray.ObjectRef[RestoreRun]]") -> pa.Table:
     """items with restored pixels -> ledger rows"""
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        files = stages.files_of(stages.items_of_table(table))
-        return manifest.table_of(
-            stages.each(self.pool, lambda frames: stages.encode_and_write(frames, self.run, self.codecs), files)
-        )
+    stage = _stage(run[0])
+    files = stages.files_of(stages.items_of_table(stages.unpack(packed)))
+    return manifest.table_of(
+        stages.each(stage.pool, lambda frames: stages.encode_and_write(frames, stage.run, stage.codecs), files)
+    )
 
 
 def build_dataset(
@@ -190,6 +199,7 @@ def build_dataset(
     run: RestoreRun,
     *,
     actors: int,
+    most_actors: int | None = None,
     batch_size: int,
     separate: bool,
     gpus: float,
@@ -197,32 +207,33 @@ def build_dataset(
 ) -> ray.data.Dataset:
     """The graph: one fused stage, or decode -> restore -> write in processes of their own (`separate`).
 
+    There are `actors` that hold the model, and up to `most_actors` once nodes for more of them have joined.
     With `alone` no unit waits at an actor while another is worked on, so that a crash costs the one that caused it.
     """
     shared = [ray.put(run)]  # in a list, since Ray would resolve a bare reference itself, once for each actor
-    # A crashed actor is started again and its unit tried once more; a unit that fails twice is left out, and found
+    # A crashed process is started again and its unit tried once more; a unit that fails twice is left out, and found
     # missing in the ledger afterwards. (Finite max_restarts with max_errored_blocks=-1 hangs: ray#62746.)
-    robust: dict[str, Any] = {
-        "batch_size": None,
-        "batch_format": "pyarrow",
-        "max_restarts": -1,
-        "max_task_retries": 1,
-        "runtime_env": {"env_vars": cluster.WORKER_MEMORY},
-    }
-    held = {**robust, "fn_constructor_args": (shared,), "num_cpus": 1}
-    dataset = ray.data.from_arrow(units)
+    each: dict[str, Any] = {
+        "batch_size": 1, "batch_format": "pyarrow", "runtime_env": {"env_vars": cluster.WORKER_MEMORY},
+    }  # fmt: skip
+    actor = {**each, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 1}
+    dataset = ray.data.from_arrow([stages.pack(unit) for unit in units])
     # One is worked on and one waits, so that no actor does.
-    pool = ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1 if alone else 2)
+    pool = ray.data.ActorPoolStrategy(
+        min_size=actors, max_size=max(actors, most_actors or 0), max_tasks_in_flight_per_actor=1 if alone else 2
+    )
     with warnings.catch_warnings():
         # max_task_retries has no other way in yet; without it a poisoned unit would be tried for ever.
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", DeprecationWarning)
         if not separate:
-            held["fn_constructor_args"] = (shared, batch_size)
-            return dataset.map_batches(RestoreUnit, compute=pool, num_gpus=gpus, **held)
-        around = ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, cluster.resources()[0] // 2))
-        dataset = dataset.map_batches(DecodeUnit, compute=around, **held)
-        dataset = dataset.map_batches(RestoreItems, compute=pool, num_gpus=gpus, **held)
-        return dataset.map_batches(WriteItems, compute=around, **held)
+            constructor = (shared, batch_size)
+            return dataset.map_batches(RestoreUnit, compute=pool, fn_constructor_args=constructor, num_cpus=1, **actor)
+        # Tasks, which hold no CPU while they wait, and a network that needs none of its own: when a node is lost, what
+        # is left of any stage could otherwise keep the others from starting again.
+        task = {**each, "fn_args": (shared,), "num_cpus": 1, "max_retries": 1}
+        dataset = dataset.map_batches(decode_unit, **task)
+        dataset = dataset.map_batches(RestoreItems, compute=pool, fn_constructor_args=(shared,), num_cpus=0, **actor)
+        return dataset.map_batches(write_items, **task)
 
 
 # --- In the driver -------------------------------------------------------------------------------------------------
@@ -441,8 +452,6 @@ def _actors(options: RestoreOptions) -> tuple[str, int]:
     device = cluster.pick_device(options.device)
     cpus, gpus = cluster.resources()
     most = gpus if device == "cuda" else cpus
-    if most == 0:
-        raise UsageError(f"--device {device}: the cluster has 0 CPUs for work now; add a worker node (min_workers: 1)")
     actors = options.workers or most
     if actors > most:
         raise UsageError(
@@ -489,6 +498,7 @@ def _restore_wave(wave: _Wave, run: RestoreRun, actors: int, options: RestoreOpt
                 units,
                 run,
                 actors=min(actors, len(units)),
+                most_actors=min(options.workers or MOST_ACTORS, len(units)),
                 batch_size=options.batch_size,
                 separate=run.device == "cuda" and wave.groups is None,
                 gpus=1 if run.device == "cuda" else 0,

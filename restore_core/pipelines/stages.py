@@ -389,61 +389,44 @@ def each(pool: Executor, function: Callable[[Argument], Result], items: list[Arg
 ITEM_SCHEMA = pa.schema(
     [
         *manifest.SCHEMA,
+        pa.field("frame", pa.int32()),
         pa.field("source", pa.large_binary()),
         pa.field("pixels", pa.large_binary()),
         pa.field("alpha", pa.large_binary()),
         pa.field("native", pa.large_binary()),
         pa.field("restored", pa.large_binary()),
         pa.field("whole", pa.large_binary()),
-        pa.field("others", pa.large_binary()),
     ]
 )
-"""Files on their way between stages in different processes: the row, and pixels as flat bytes.
-
-A row holds all of a file, since Ray cuts large tables between any two rows: of several frames or pages it has the first
-in its columns, and in `others` the rest, as a table of this schema in Arrow's IPC format.
-"""
+"""Files on their way between stages in different processes: the row, and pixels as flat bytes."""
 
 
 def items_to_table(items: list[Item]) -> pa.Table:
     def column(values: list[bytes | None]) -> pa.Array:
         return pa.array(values, type=pa.large_binary())
 
-    files = files_of(items)
-    firsts = [frames[0] for frames in files]
-    table = manifest.table_of(item.row for item in firsts)
-    pictures = [item.picture for item in firsts]
+    pictures = [item.picture for item in items]
     columns = {
-        "source": [item.source for item in firsts],
-        "pixels": [None if p is None else p.pixels.tobytes() for p in pictures],
-        "alpha": [None if p is None or p.alpha is None else p.alpha.tobytes() for p in pictures],
-        "native": [None if p is None or p.native is None else p.native.tobytes() for p in pictures],
-        "restored": [None if item.restored is None else item.restored.tobytes() for item in firsts],
-        "whole": [item.whole for item in firsts],
-        "others": [_packed(frames[1:]) for frames in files],
+        "frame": pa.array([item.frame for item in items], pa.int32()),
+        "source": column([item.source for item in items]),
+        "pixels": column([None if p is None else p.pixels.tobytes() for p in pictures]),
+        "alpha": column([None if p is None or p.alpha is None else p.alpha.tobytes() for p in pictures]),
+        "native": column([None if p is None or p.native is None else p.native.tobytes() for p in pictures]),
+        "restored": column([None if item.restored is None else item.restored.tobytes() for item in items]),
+        "whole": column([item.whole for item in items]),
     }
+    table = manifest.table_of(item.row for item in items)
     for name, values in columns.items():
-        table = table.append_column(ITEM_SCHEMA.field(name), column(values))
+        table = table.append_column(ITEM_SCHEMA.field(name), values)
     return table
-
-
-def _packed(frames: list[Item]) -> bytes | None:
-    if not frames:
-        return None
-    table = items_to_table([replace(item, frame=0) for item in frames])
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    packed: bytes = sink.getvalue().to_pybytes()
-    return packed
 
 
 def items_of_table(table: pa.Table) -> list[Item]:
     rows = manifest.rows_of(table.select(manifest.SCHEMA.names))
     columns = (table[name].to_pylist() for name in ITEM_SCHEMA.names[len(manifest.SCHEMA) :])
     items = []
-    for row, source, pixels, alpha, native, restored, whole, others in zip(rows, *columns, strict=True):
-        item = Item(row, source, whole=whole)
+    for row, frame, source, pixels, alpha, native, restored, whole in zip(rows, *columns, strict=True):
+        item = Item(row, source, whole=whole, frame=frame)
         if pixels is not None:
             assert row.height and row.width and row.format and row.mode
             size = row.height, row.width
@@ -461,7 +444,20 @@ def items_of_table(table: pa.Table) -> list[Item]:
             if restored is not None:
                 item.restored = np.frombuffer(restored, np.uint8).reshape(*size, 3)
         items.append(item)
-        if others is not None:
-            frames = items_of_table(pa.ipc.open_stream(others).read_all())
-            items += [replace(frame, frame=index) for index, frame in enumerate(frames, start=1)]
     return items
+
+
+def pack(table: pa.Table) -> pa.Table:
+    """What is worked on together, in one row: Ray cuts and joins tables between any two rows, and with a GPU it insists
+    on a number of rows for each call."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    data = sink.getvalue()
+    ends = pa.py_buffer(np.array([0, data.size], np.int64))
+    return pa.table({"packed": pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, ends, data])})
+
+
+def unpack(table: pa.Table) -> pa.Table:
+    """The other way."""
+    return pa.ipc.open_stream(table["packed"][0].as_buffer()).read_all()

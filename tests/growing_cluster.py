@@ -1,0 +1,31 @@
+"""A Ray cluster on this machine whose nodes come as told, until the standard input ends; the first is the head.
+
+    python tests/growing_cluster.py HEAD_CPUS
+
+Each line `CPUS GPUS` adds a node. Of each node, the head's with the cluster's address, a line of JSON names the process
+(raylet) that is the node. GPUs are numbers only: nothing is there that could use them.
+"""
+
+import json
+import sys
+
+from ray._private import ray_constants
+from ray.cluster_utils import Cluster
+
+
+def tell(node: object, **more: str) -> None:
+    raylet = node.all_processes[ray_constants.PROCESS_TYPE_RAYLET][0].process.pid
+    print(json.dumps({"raylet": raylet, **more}), flush=True)
+
+
+def main(head_cpus: int) -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": head_cpus, "include_dashboard": False})
+    tell(cluster.head_node, address=cluster.address)
+    for line in sys.stdin:
+        cpus, gpus = map(int, line.split())
+        tell(cluster.add_node(num_cpus=cpus, num_gpus=gpus))
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,145 @@
+"""Clusters of several nodes: they come, go, are too few, or are still to come."""
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from photos import encoded, write_tree
+from processes import TESTS, Nodes, Process, Started, descendants, kill, started, wait_for
+
+from jobs import verify_bucket
+from jobs.verify_bucket import VerifyBucket
+from restore_core.manifest import Ledger
+from restore_core.storage import LocalStorage
+
+pytestmark = pytest.mark.ray
+
+Models = Callable[[int], Path]
+
+JOBS = TESTS.parent / "jobs"
+IMAGES, BATCH, FLUSH = 160, 4, 20
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Started]:
+    with started(tmp_path) as them:
+        yield them
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Large enough that a run takes a while."""
+    files = {f"{index:04d}.png": encoded(index, 300, 400, format="PNG") for index in range(IMAGES)}
+    return write_tree(tmp_path_factory.mktemp("source") / "in", files)
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path, small_model: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Hashes of what a run on a single node of CPUs writes."""
+    folder = tmp_path_factory.mktemp("expected")
+    with started(folder) as processes:
+        driver = restore(processes, source, folder / "out", small_model(1))
+        assert driver.wait(300) == 0, processes.said(driver, "err")
+    return hashes(folder / "out")
+
+
+def restore(processes: Started, source: Path, output: Path, model: Path, *options: object, **settings: str) -> Process:
+    """The job, with a line in OUTPUT's neighbour `notes` for each write."""
+    return processes.run(
+        "counted_driver.py", "--input", source, "--output", output, "--model", model, "--batch-size", BATCH, *options,
+        COUNTED_NOTES=str(output.with_name("notes")), COUNTED_FLUSH_ROWS=str(FLUSH), **settings,
+    )  # fmt: skip
+
+
+def written(output: Path) -> Counter[str]:
+    notes = output.with_name("notes")
+    return Counter(notes.read_text().splitlines()) if notes.exists() else Counter()
+
+
+def hashes(output: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in output.glob("*.png")}
+
+
+def assert_whole(source: Path, output: Path, expected: dict[str, str]) -> None:
+    assert hashes(output) == expected
+    rows = Ledger(LocalStorage(output), "reader").latest()
+    assert sorted(rows["key"].to_pylist()) == sorted(expected)
+    assert set(rows["status"].to_pylist()) == {"restored"}
+    assert verify_bucket.main(VerifyBucket(input=str(source), output=str(output))) == 0
+
+
+def test_the_plan_for_gpus_loses_a_node(
+    tmp_path: Path, processes: Started, source: Path, expected: dict[str, str], small_model: Models
+) -> None:
+    """Decoding, network and encoding in processes of their own, on nodes of which one is suddenly gone."""
+    nodes, output = Nodes(processes, head_cpus=0), tmp_path / "out"
+    nodes.add(2)
+    nodes.add(1, gpus=1)
+    lost = nodes.add(2, gpus=1)
+    driver = restore(processes, source, output, small_model(1), RAY_ADDRESS=nodes.address, COUNTED_NO_CUDA="1")
+    wait_for(lambda: driver.poll() is not None or len(written(output)) >= IMAGES // 4)
+    assert driver.poll() is None, processes.said(driver, "err")
+    assert descendants(lost, "RestoreItems")
+    kill(lost, *descendants(lost, ""))
+    assert driver.wait(300) == 0, processes.said(driver, "err")
+    assert_whole(source, output, expected)
+    record = json.loads((output / "_restore/run.json").read_text())
+    assert record["statuses"] == {"restored": IMAGES}
+    print(f"{written(output).total() - IMAGES} of {IMAGES} written twice")
+
+
+def test_a_node_that_joins_is_used(
+    tmp_path: Path, processes: Started, source: Path, expected: dict[str, str], small_model: Models
+) -> None:
+    nodes, output = Nodes(processes, head_cpus=0), tmp_path / "out"
+    nodes.add(1)
+    driver = restore(processes, source, output, small_model(1), RAY_ADDRESS=nodes.address)
+    wait_for(lambda: driver.poll() is not None or len(written(output)) >= BATCH)
+    joined = nodes.add(1)
+    wait_for(lambda: driver.poll() is not None or descendants(joined, "RestoreUnit"))
+    assert driver.poll() is None, "it was done before"
+    assert driver.wait(300) == 0, processes.said(driver, "err")
+    assert_whole(source, output, expected)
+
+
+def test_a_first_node_is_waited_for_where_it_can_come(
+    tmp_path: Path, processes: Started, source: Path, expected: dict[str, str], small_model: Models
+) -> None:
+    """As with min_workers: 0, but for who starts the node."""
+    nodes, output = Nodes(processes, head_cpus=0), tmp_path / "out"
+    settings = {"RAY_ADDRESS": nodes.address, "COUNTED_NO_CUDA": "1", "RESTORE_GROWS_TO": "CPU=2,GPU=1"}
+    driver = restore(processes, source, output, small_model(1), **settings)
+    wait_for(lambda: driver.poll() is not None or "waiting for the first node with a GPU" in said(processes, driver))
+    nodes.add(2, gpus=1)
+    assert driver.wait(300) == 0, processes.said(driver, "err")
+    assert_whole(source, output, expected)
+
+
+def said(processes: Started, process: Process) -> str:
+    return processes.said(process) + processes.said(process, "err")
+
+
+def test_too_few_resources_are_told_within_a_minute(
+    tmp_path: Path, processes: Started, source: Path, small_model: Models
+) -> None:
+    nodes = Nodes(processes, head_cpus=0)
+    settings = {"RAY_ADDRESS": nodes.address}
+    wanted = {
+        "--device auto: needs 1 CPU for each worker, the cluster has 0 CPUs for work; add a worker node": (),
+        "--device cuda: needs 1 GPU for each worker, the cluster has 0 GPUs; add GPU nodes or use --device cpu": (
+            "--device", "cuda"),
+    }  # fmt: skip
+    begun = time.monotonic()
+    for message, options in wanted.items():
+        driver = restore(processes, source, tmp_path / "out", small_model(1), *options, **settings)
+        assert driver.wait(60) == 2
+        assert message in said(processes, driver)
+        assert "Traceback" not in said(processes, driver)
+    assert time.monotonic() - begun < 60
+    driver = restore(processes, source, tmp_path / "out", small_model(1), **settings, RESTORE_GROWS_TO="GPU:8")
+    assert driver.wait(60) == 2
+    assert "RESTORE_GROWS_TO=GPU:8: not of the form CPU=64,GPU=8" in said(processes, driver)

@@ -46,12 +46,16 @@ class Train:
     """auto is bfloat16 where the device computes faster in it (GPUs, CPUs with AMX), else float32."""
     workers: str = "auto"
     """Training processes: a number, or auto for every GPU of the cluster, else every CPU but one."""
+    min_workers: int | None = None
+    """With as few as that training goes on when nodes are lost, from its last epoch; it takes more again when they are
+    back. Else it waits for all."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes GPUs where the cluster has some."""
 
     def __post_init__(self) -> None:
         require(self.name not in ("", ".", "..") and "/" not in self.name, "name", repr(self.name), "use a plain name")
         command_line.worker_count(self.workers)
+        require(self.min_workers is None or self.min_workers >= 1, "min_workers", self.min_workers, "use 1 or more")
 
     def config(self) -> TrainConfig:
         config = PRESETS[self.preset]
@@ -92,6 +96,7 @@ def main(job: Train) -> int:
             initial=initial,
             name=job.name,
             workers=command_line.worker_count(job.workers),
+            min_workers=job.min_workers,
             device=job.device,
         )
     except DivergedError as error:

@@ -2,8 +2,8 @@
 
     python tests/growing_cluster.py HEAD_CPUS
 
-Each line `CPUS GPUS` adds a node. Of each node, the head's with the cluster's address, a line of JSON names the process
-(raylet) that is the node. GPUs are numbers only: nothing is there that could use them.
+Each line `CPUS GPUS` adds a node. Of each node, the head's with the cluster's address, a line of JSON names its id
+and the process (raylet) that it is. GPUs are numbers only: nothing is there that could use them.
 """
 
 import json
@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 
 def tell(node: object, **more: str) -> None:
     raylet = node.all_processes[ray_constants.PROCESS_TYPE_RAYLET][0].process.pid
-    print(json.dumps({"raylet": raylet, **more}), flush=True)
+    print(json.dumps({"raylet": raylet, "id": node.node_id, **more}), flush=True)
 
 
 def main(head_cpus: int) -> None:

@@ -131,16 +131,16 @@ class Nodes:
         self.address: str = first["address"]
         self.raylets: list[int] = [first["raylet"]]
         """The processes that are the nodes, the head first."""
+        self.ids: list[str] = [first["id"]]
 
     def add(self, cpus: int, gpus: int = 0) -> int:
         """Returns when it has joined."""
-        self.raylets.append(self._told(f"{cpus} {gpus}", len(self.raylets) + 1)["raylet"])
-        return self.raylets[-1]
-
-    def _told(self, command: str, answers: int) -> dict[str, Any]:
         assert self.process.stdin is not None
-        print(command, file=self.process.stdin, flush=True)
-        return self._answer(answers)
+        print(cpus, gpus, file=self.process.stdin, flush=True)
+        node = self._answer(len(self.raylets) + 1)
+        self.raylets.append(node["raylet"])
+        self.ids.append(node["id"])
+        return self.raylets[-1]
 
     def _answer(self, number: int) -> dict[str, Any]:
         wait_for(

@@ -1,17 +1,25 @@
 """Clusters of several nodes: they come, go, are too few, or are still to come."""
 
 import hashlib
+import itertools
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from photos import encoded, write_tree
+from photos import encoded, people, write_tree
 from processes import TESTS, Nodes, Process, Started, descendants, kill, started, wait_for
 
-from jobs import verify_bucket
+from jobs import pack_dataset, verify_bucket
+from jobs.pack_dataset import PackDataset
 from jobs.verify_bucket import VerifyBucket
 from restore_core.manifest import Ledger
 from restore_core.storage import LocalStorage
@@ -92,18 +100,50 @@ def test_the_plan_for_gpus_loses_a_node(
     print(f"{written(output).total() - IMAGES} of {IMAGES} written twice")
 
 
-def test_a_node_that_joins_is_used(
-    tmp_path: Path, processes: Started, source: Path, expected: dict[str, str], small_model: Models
+@pytest.mark.faults
+@pytest.mark.parametrize("notice", ["terminated", "drained"])
+def test_a_node_that_is_taken_away_loses_a_batch(
+    tmp_path: Path, processes: Started, source: Path, expected: dict[str, str], small_model: Models, notice: str
 ) -> None:
+    """As spot instances are: all of its processes get SIGTERM, or Ray is told some seconds before the node is gone."""
     nodes, output = Nodes(processes, head_cpus=0), tmp_path / "out"
     nodes.add(1)
+    lost = nodes.add(1)
     driver = restore(processes, source, output, small_model(1), RAY_ADDRESS=nodes.address)
+    wait_for(
+        lambda: driver.poll() is not None or (len(written(output)) >= 5 * BATCH and descendants(lost, "RestoreUnit"))
+    )
+    if notice == "drained":
+        ray = Path(sys.executable).with_name("ray")
+        order = [
+            ray, "drain-node", "--address", nodes.address, "--node-id", nodes.ids[-1], "--reason-message", "spot",
+            "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds", "5",
+        ]  # fmt: skip
+        subprocess.run(order, check=True, env={**os.environ, "RAY_AUTH_MODE": "disabled"})
+        time.sleep(5)
+    for process in (lost, *descendants(lost, "")):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGTERM)
+    wait_for(lambda: not descendants(lost, "RestoreUnit"))
+    assert driver.poll() is None, processes.said(driver, "err")
+    assert driver.wait(300) == 0, processes.said(driver, "err")
+    assert_whole(source, output, expected)
+    twice = written(output).total() - IMAGES
+    print(f"{notice}: {twice} of {IMAGES} written twice, in batches of {BATCH}")
+    assert twice <= BATCH
+
+
+def test_a_node_that_joins_is_used(tmp_path: Path, processes: Started, source: Path) -> None:
+    """With a network that takes its time, so that there is some."""
+    nodes, output = Nodes(processes, head_cpus=0), tmp_path / "out"
+    nodes.add(1)
+    driver = restore(processes, source, output, Path("faces"), RAY_ADDRESS=nodes.address)
     wait_for(lambda: driver.poll() is not None or len(written(output)) >= BATCH)
     joined = nodes.add(1)
     wait_for(lambda: driver.poll() is not None or descendants(joined, "RestoreUnit"))
     assert driver.poll() is None, "it was done before"
-    assert driver.wait(300) == 0, processes.said(driver, "err")
-    assert_whole(source, output, expected)
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait(60) == 130, processes.said(driver, "err")
 
 
 def test_a_first_node_is_waited_for_where_it_can_come(
@@ -143,3 +183,32 @@ def test_too_few_resources_are_told_within_a_minute(
     driver = restore(processes, source, tmp_path / "out", small_model(1), **settings, RESTORE_GROWS_TO="GPU:8")
     assert driver.wait(60) == 2
     assert "RESTORE_GROWS_TO=GPU:8: not of the form CPU=64,GPU=8" in said(processes, driver)
+
+
+@pytest.mark.faults
+def test_training_goes_on_with_fewer_workers_and_takes_them_back(tmp_path: Path, processes: Started) -> None:
+    clean = write_tree(tmp_path / "clean", people(40))
+    job = PackDataset(input=(str(clean),), output=str(tmp_path / "data"), val_share=0.25)
+    assert pack_dataset.main(job) == 0
+    nodes = Nodes(processes, head_cpus=1)  # which is Ray Data's
+    nodes.add(1)
+    lost = nodes.add(1)
+    driver = processes.run(
+        JOBS / "train.py", "--data", tmp_path / "data", "--storage", tmp_path / "runs", "--preset", "smoke",
+        "--schedule", "32:1000", "--workers", 2, "--min-workers", 1, RAY_ADDRESS=nodes.address,
+    )  # fmt: skip
+
+    def has(*numbers: int) -> bool:
+        """In that order, other lines between them."""
+        found = re.findall(r"workers: (\d)", said(processes, driver))
+        return [number for number, _ in itertools.groupby(found)][: len(numbers)] == [*map(str, numbers)]
+
+    for numbers in ((2,), (2, 1), (2, 1, 2)):
+        wait_for(lambda numbers=numbers: driver.poll() is not None or has(*numbers))
+        assert driver.poll() is None, said(processes, driver)
+        if len(numbers) == 1:
+            kill(lost, *descendants(lost, ""))
+        elif len(numbers) == 2:
+            nodes.add(1)
+    epochs = [int(epoch) for epoch in re.findall(r"epoch (\d+)/1000", said(processes, driver))]
+    assert len(epochs) - len(set(epochs)) <= 2, "more than the epoch in hand was done again"

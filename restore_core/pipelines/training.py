@@ -31,6 +31,8 @@ OPTIONS_FILE = "options.json"
 METRICS_FILE = "metrics.csv"
 SAMPLES, SAMPLE_SIDE = 6, 128
 SHUFFLE_BATCHES = 8
+RESIZE_S = 30.0
+"""How often it is looked whether more workers can be had, where their number may change."""
 DECODED_SHARE = 0.3
 """Decoded training photographs stay in memory if they take less than this share of Ray's object store."""
 
@@ -96,17 +98,21 @@ def train(
     initial: checkpoint.ModelFolder | None,
     name: str,
     workers: int | None,
+    min_workers: int | None = None,
     device: cluster.Device,
 ) -> Trained:
     """Train to the end of the schedule, or go on where a run of the same folder stopped.
 
-    A new run starts from the weights of `initial`, whose architecture is the config's, or from random ones.
+    A new run starts from the weights of `initial`, whose architecture is the config's, or from random ones. With
+    `min_workers` the number of workers follows the nodes that there are, between that and `workers`.
     Raises DivergedError when the loss stops being finite, UsageError when the cluster is too small.
     """
     cluster.connect(dashboard=True)  # Ray Train's own clean-up asks it which workers live
     cuda = cluster.pick_device(device) == "cuda"
     cpus, gpus = cluster.resources()
     count = worker_count(workers, config.batch_size, cpus=cpus, gpus=gpus if cuda else None)
+    if min_workers is not None and min_workers > count:
+        raise UsageError(f"--min-workers {min_workers}: more than the {count} workers; lower it")
     threads = max(1, cluster.cpus_per_node() // min(count, cluster.cpus_per_node()))
     run = TrainRun(
         config=config,
@@ -123,7 +129,10 @@ def train(
         _worker,
         train_loop_config={"run": run},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=count, use_gpu=cuda, resources_per_worker={"CPU": 1} | ({"GPU": 1} if cuda else {})
+            num_workers=count if min_workers is None else (min_workers, count),
+            use_gpu=cuda,
+            resources_per_worker={"CPU": 1} | ({"GPU": 1} if cuda else {}),
+            elastic_resize_monitor_interval_s=RESIZE_S,
         ),
         run_config=ray.train.RunConfig(
             name=name,
@@ -131,7 +140,8 @@ def train(
             storage_filesystem=filesystem,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             worker_runtime_env={"env_vars": cluster.KEEP_MEMORY},
-            failure_config=ray.train.FailureConfig(max_failures=3),
+            # Among them are bugs of ours, which come again each time; but where nodes come and go, so do failures.
+            failure_config=ray.train.FailureConfig(max_failures=3 if min_workers is None else 30),
         ),
         datasets={"train": _dataset(run)},
         dataset_config=ray.train.DataConfig(execution_options=_in_order()),
@@ -168,7 +178,8 @@ def _worker(loop_config: dict[str, Any]) -> str | None:
     config = run.config
     torch.set_num_threads(run.threads)
     torch.backends.cudnn.benchmark = True
-    share = config.batch_size // run.workers
+    workers = ray.train.get_context().get_world_size()
+    share = config.batch_size // workers  # rounded down where workers were lost: smaller steps, some more of them
     trainer = Trainer(
         config,
         steps_per_epoch=run.photographs // config.batch_size,
@@ -202,7 +213,7 @@ def _worker(loop_config: dict[str, Any]) -> str | None:
                 trainer.save_state(Path(folder))
                 state = ray.train.Checkpoint.from_directory(folder)
                 run.folder.write(METRICS_FILE, _metrics_csv(trainer.history))
-                print(_progress(row, config, trainer.history), flush=True)
+                print(_progress(row, config, trainer.history, workers), flush=True)
             ray.train.report(row, checkpoint=state, checkpoint_dir_name=f"epoch_{trainer.epoch:04d}")
     return None
 
@@ -231,12 +242,12 @@ def _held_out(run: TrainRun) -> Photographs:
     return to_photographs(table, config.canvas)
 
 
-def _progress(row: dict[str, float], config: TrainConfig, history: list[dict[str, float]]) -> str:
+def _progress(row: dict[str, float], config: TrainConfig, history: list[dict[str, float]], workers: int) -> str:
     left = (config.epochs - row["epoch"]) * sum(r["seconds"] for r in history[-3:]) / len(history[-3:])
     return (
         f"epoch {row['epoch']}/{config.epochs} at {row['size']} px: loss {row['train_loss']:.4f}, "
         f"validation {row['val_loss']:.4f}, noise 25 {row['psnr_noise_25']:.2f} dB, mixed {row['psnr_mixed']:.2f} dB, "
-        f"{row['samples_per_second']:.0f} samples/s, about {left / 60:.0f} min left"
+        f"{row['samples_per_second']:.0f} samples/s, workers: {workers}, about {left / 60:.0f} min left"
     )
 
 

@@ -76,7 +76,7 @@ def _saved(mode: str, **options: Any) -> Callable[[Pixels, Path], None]:
 
 FILES: dict[str, tuple[str, Callable[[Pixels, Path], None]]] = {
     "JPEG": ("jpg", _saved("RGB", quality=95)),
-    "JPEG, CMYK": ("cmyk.tif", _saved("CMYK", compression="jpeg", quality=95)),
+    "TIFF of JPEG, CMYK": ("cmyk.tif", _saved("CMYK", compression="jpeg", quality=95)),
     "PNG": ("png", _saved("RGB", compress_level=1)),
     "PNG, grey": ("grey.png", _saved("L", compress_level=1)),
     "PNG, palette": ("palette.png", _saved("P", compress_level=1)),

@@ -33,6 +33,7 @@ def page() -> str:
         *restoring(),
         *training(),
         *growing(),
+        *remembering(),
         "## Quality",
         "[quality](quality/quality.md), [other methods](baselines/quality.md), [bfloat16](bfloat16/quality.md), "
         "[the study of seven networks](study/study.md); what is no damage: overlays.json; other blocks: blocks.json.",
@@ -103,6 +104,32 @@ def growing() -> Iterator[str]:
     yield "\n".join(lines)
     yield f"The driver can take and write down {result['driver_rows_per_second']:,} rows a second, on a local disk."
     yield origin(result)
+
+
+def remembering() -> Iterator[str]:
+    results = [json.loads(path.read_text()) for path in sorted((FOLDER / "memory").glob("*.json"))]
+    if results:
+        yield "## Memory"
+    for result in results:
+        if "kinds" in result:
+            lines = [
+                f"| {result['megapixels']:g} megapixels of noise | bytes for each pixel more than half of that | MB in all |", "|---|---|---|",
+                *(f"| {row['kind']} | {row['bytes_per_pixel']} | {row['mb']:,} |" for row in result["kinds"]),
+            ]  # fmt: skip
+            yield "What a worker and its codec processes take together at their most, a small network's share included."
+        else:
+            most, tenths = result["most_mb_by_tenth"], " | ".join(f"{number}. tenth" for number in range(1, 11))
+            lines = [
+                f"| MB at most, in each tenth of the pictures | {tenths} |",
+                "|" + "---|" * 11,
+                *(f"| {kind} | {' | '.join(f'{value:,}' for value in values)} |" for kind, values in most.items()),
+            ]
+            yield (
+                f"{result['images']:,} pictures of {result['megapixels']:g} megapixels ({', '.join(result['files'])}) "
+                f"in {result['seconds']:,} s, one after the other in each worker."
+            )
+        yield "\n".join(lines)
+        yield origin(result)
 
 
 def summary() -> str:

@@ -192,7 +192,7 @@ def test_training_goes_on_with_fewer_workers_and_takes_them_back(tmp_path: Path,
     assert pack_dataset.main(job) == 0
     nodes = Nodes(processes, head_cpus=1)  # which is Ray Data's
     nodes.add(1)
-    lost = nodes.add(1)
+    nodes.add(1)
     driver = processes.run(
         JOBS / "train.py", "--data", tmp_path / "data", "--storage", tmp_path / "runs", "--preset", "smoke",
         "--schedule", "32:1000", "--workers", 2, "--min-workers", 1, RAY_ADDRESS=nodes.address,
@@ -207,6 +207,7 @@ def test_training_goes_on_with_fewer_workers_and_takes_them_back(tmp_path: Path,
         wait_for(lambda numbers=numbers: driver.poll() is not None or has(*numbers))
         assert driver.poll() is None, said(processes, driver)
         if len(numbers) == 1:
+            lost = next(raylet for raylet in nodes.raylets[1:] if descendants(raylet, "RayTrainWorker"))
             kill(lost, *descendants(lost, ""))
         elif len(numbers) == 2:
             nodes.add(1)

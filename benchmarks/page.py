@@ -112,10 +112,9 @@ def remembering() -> Iterator[str]:
         yield "## Memory"
     for result in results:
         if "kinds" in result:
-            lines = [
-                f"| {result['megapixels']:g} megapixels of noise | bytes for each pixel more than half of that | MB in all |", "|---|---|---|",
-                *(f"| {row['kind']} | {row['bytes_per_pixel']} | {row['mb']:,} |" for row in result["kinds"]),
-            ]  # fmt: skip
+            head = f"{result['megapixels']:g} megapixels of noise | bytes for each pixel more than half of that | MB in all"
+            rows = (f"| {row['kind']} | {row['bytes_per_pixel']} | {row['mb']:,} |" for row in result["kinds"])
+            lines = [f"| {head} |", "|---|---|---|", *rows]
             yield "What a worker and its codec processes take together at their most, a small network's share included."
         else:
             most, tenths = result["most_mb_by_tenth"], " | ".join(f"{number}. tenth" for number in range(1, 11))

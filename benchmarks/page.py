@@ -112,7 +112,7 @@ def remembering() -> Iterator[str]:
         yield "## Memory"
     for result in results:
         if "kinds" in result:
-            head = f"{result['megapixels']:g} megapixels of noise | bytes for each pixel more than half of that | MB in all"
+            head = f"{result['megapixels']:g} megapixels of noise | bytes for each beyond half of that | MB in all"
             rows = (f"| {row['kind']} | {row['bytes_per_pixel']} | {row['mb']:,} |" for row in result["kinds"])
             lines = [f"| {head} |", "|---|---|---|", *rows]
             yield "What a worker and its codec processes take together at their most, a small network's share included."

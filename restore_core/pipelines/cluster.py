@@ -79,7 +79,8 @@ def _print_lines(data: dict[str, Any]) -> None:
     if data.get("pid") in ("autoscaler", "raylet"):
         print_worker_logs(data, sys.stderr)
     elif not data["is_err"]:
-        print(*data["lines"], sep="\n", flush=True)
+        for line in data["lines"]:
+            print(line, flush=True)
 
 
 def _init(dashboard: bool, env_vars: Mapping[str, str]) -> None:

@@ -41,7 +41,7 @@ WORKER_MEMORY = {
 
 Device = Literal["auto", "cpu", "cuda"]
 
-LEFT_OUT = [".venv", ".git", "__pycache__", "runs", "data", "demo"]
+LEFT_OUT = [".venv", "venv", ".git", "__pycache__", "runs", "data", "demo"]
 """Of the folder that goes to the workers; beside what .gitignore names."""
 
 PRINTER = "ray_print_logs"

@@ -98,6 +98,7 @@ class Head:
         return job["status"], job["driver_exit_code"]
 
     def has_ended(self, id: str) -> bool:
+        time.sleep(0.2)  # for loops that ask and ask
         return self.status(id)[0] not in ("PENDING", "RUNNING")
 
     def log(self, id: str, kind: str = "job-driver") -> str:
@@ -151,7 +152,7 @@ def head(proxy: FaultProxy, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         "AWS_SESSION_TOKEN": f"{PLANTED}/session",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_ENDPOINT_URL": proxy.url,
+        "AWS_ENDPOINT_URL": proxy.url.replace("//", f"//user:{PLANTED}-password@"),
     }
     with tempfile.TemporaryDirectory(prefix="head", dir="/tmp", ignore_cleanup_errors=True) as folder:  # short
         command = [

@@ -22,7 +22,8 @@ DONE, TOO_MANY_FAILURES, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 def run(main: Callable[[Options], int], options: type[Options]) -> int:
     """Parse the command line into `options` and call `main`. Returns the exit code: 0 done, 1 failures, 2 unusable."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("botocore").setLevel(logging.WARNING)  # else it tells where it found the credentials
+    for library in ("botocore", "matplotlib"):  # they tell where credentials were found, that fonts were looked for
+        logging.getLogger(library).setLevel(logging.WARNING)
     try:
         return main(_parsed(options, sys.modules[main.__module__].__doc__))
     except (UsageError, StorageError) as error:

@@ -69,7 +69,9 @@ class Account:
         self._max_failed_share = max_failed_share
         self._failed = self._denied = 0
         self._waiting: list[Row] = []
-        self._started = self._flushed = self._shown = time.monotonic()
+        self._flushed = self._shown = time.monotonic()
+        # When the first rows came, and how many: what came before was the start of the workers.
+        self._first: tuple[float, int] | None = None
 
     def follow(self, dataset: ray.data.Dataset) -> None:
         for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
@@ -87,11 +89,14 @@ class Account:
                 self._failed += row.status == "failed"
                 self._denied += row.error == "denied"
         now = time.monotonic()
+        if self._first is None:
+            self._first, self._shown = (now, self.count), now
         if len(self._waiting) >= FLUSH_ROWS or now - self._flushed > FLUSH_SECONDS:
             self.flush()
-        if now - self._shown > PROGRESS_SECONDS:
+        since, before = self._first
+        if now - self._shown > PROGRESS_SECONDS and self.count > before:
             self._shown = now
-            self._show(self.count / (now - self._started))
+            self._show((self.count - before) / (now - since))
         self._judge(rows)
 
     def flush(self) -> None:

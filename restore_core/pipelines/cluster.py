@@ -4,15 +4,18 @@ import json
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import ray
 import ray.data
+from ray._private import ray_logging
+from ray._private.worker import print_worker_logs
 
 from restore_core import memory
 from restore_core.errors import UsageError
@@ -45,6 +48,12 @@ WAIT_S, WAIT_LINE_S = 1200.0, 15.0
 
 Device = Literal["auto", "cpu", "cuda"]
 
+LEFT_OUT = [".venv", "venv", ".git", "__pycache__", "runs", "data", "demo"]
+"""Of the folder that goes to the workers; beside what .gitignore names."""
+
+PRINTER = "ray_print_logs"
+"""Ray's name for what prints the workers' lines in the driver."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -63,17 +72,39 @@ def connect(*, dashboard: bool = False, env_vars: Mapping[str, str] = MappingPro
     quiet_data()
     if not ray.is_initialized():
         _init(dashboard, env_vars)
+        ray_logging.global_worker_stdstream_dispatcher.remove_handler(PRINTER)
+        ray_logging.global_worker_stdstream_dispatcher.add_handler(PRINTER, _print_lines)
         if threading.current_thread() is threading.main_thread():
             # As from `ray job stop`: like Ctrl-C, so that what is done is written down. Ray's own handler ends at once.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
+def _print_lines(data: dict[str, Any]) -> None:
+    """Print what workers print, as it is, and what Ray says of the nodes. Its own way adds colours to every line.
+
+    The workers' standard error is left out: there Ray's libraries tell of each step they take. What is raised in a
+    worker comes to the driver as an exception, and everything is in the session's logs (`ray logs`).
+    """
+    if data.get("pid") in ("autoscaler", "raylet"):
+        print_worker_logs(data, sys.stderr)
+    elif not data["is_err"]:
+        for line in data["lines"]:
+            print(line, flush=True)
+
+
 def _init(dashboard: bool, env_vars: Mapping[str, str]) -> None:
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    # Else the packing of the working directory tells what is left out of it, and that the bundled models are large.
+    os.environ.setdefault("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")
+    logging.getLogger("ray._private.runtime_env").setLevel(logging.ERROR)
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     if job or os.environ.get("RAY_ADDRESS"):
         carried = (job.get("runtime_env") or {}).get("working_dir")  # set twice, Ray refuses
-        settings = {} if carried else {"working_dir": str(ROOT), "excludes": [".venv", ".git", "runs", "data"]}
-        ray.init(runtime_env=(settings | ({"env_vars": dict(env_vars)} if env_vars else {})) or None)
+        settings = {} if carried else {"working_dir": str(ROOT), "excludes": LEFT_OUT}
+        ray.init(
+            logging_level=logging.WARNING,
+            runtime_env=(settings | ({"env_vars": dict(env_vars)} if env_vars else {})) or None,
+        )
         return
     # Unlike a bare ray.init(), never join some other program's Ray on this machine: it would take ours down with it.
     # Ray 2.60 turns token authentication on by itself for a cluster started here (not so with `ray start`).
@@ -82,6 +113,7 @@ def _init(dashboard: bool, env_vars: Mapping[str, str]) -> None:
         num_cpus=max(2, len(os.sched_getaffinity(0))),  # with one CPU, a training worker would starve Ray Data
         include_dashboard=dashboard,  # on loopback
         log_to_driver=True,
+        logging_level=logging.WARNING,
         runtime_env={"env_vars": {**env_vars, "PYTHONPATH": os.pathsep.join([str(ROOT), *_python_path()])}},
     )
 

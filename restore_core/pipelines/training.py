@@ -33,6 +33,7 @@ SAMPLES, SAMPLE_SIDE = 6, 128
 SHUFFLE_BATCHES = 8
 RESIZE_S = 30.0
 """How often it is looked whether more workers can be had, where their number may change."""
+PROGRESS_SECONDS = 10.0
 DECODED_SHARE = 0.3
 """Decoded training photographs stay in memory if they take less than this share of Ray's object store."""
 
@@ -196,10 +197,9 @@ def _worker(loop_config: dict[str, Any]) -> str | None:
     shard = ray.train.get_dataset_shard("train")
     while trainer.epoch < config.epochs:
         started = time.perf_counter()
+        batches = _batches(shard, share, seed_of(config.seed, "order", trainer.epoch), config.canvas)
         try:
-            row = trainer.train_epoch(
-                _batches(shard, share, seed_of(config.seed, "order", trainer.epoch), config.canvas)
-            )
+            row = trainer.train_epoch(_told(batches, trainer.epoch + 1, run) if first else batches)
         except DivergedError as error:
             # Returned, not raised: Ray Train would start the same failure again and again. (Of what is reported, the
             # result keeps only what came with a checkpoint.)
@@ -228,6 +228,25 @@ def _batches(shard: Any, size: int, seed: int, canvas: int) -> Iterator[Photogra
         local_shuffle_seed=seed & 2**31 - 1,
     ):
         yield to_photographs(batch, canvas)
+
+
+def _told(batches: Iterator[Photographs], epoch: int, run: TrainRun) -> Iterator[Photographs]:
+    """The same batches; in a long epoch a line now and then says how far it is."""
+    started = shown = time.monotonic()
+    done = 0
+    for batch in batches:
+        yield batch
+        done += run.config.batch_size
+        now = time.monotonic()
+        if now - shown > PROGRESS_SECONDS:
+            shown = now
+            rate = done / (now - started)
+            left = ((run.config.epochs - epoch + 1) * run.photographs - done) / rate
+            print(
+                f"epoch {epoch}/{run.config.epochs}: {done} of {run.photographs} photographs, {rate:.0f} samples/s, "
+                f"about {max(0, left) / 60:.0f} min left",
+                flush=True,
+            )
 
 
 def to_photographs(table: pa.Table, canvas: int) -> Photographs:

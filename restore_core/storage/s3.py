@@ -7,7 +7,6 @@ import random
 import re
 import tempfile
 import time
-import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,8 +28,6 @@ ROUNDS, PATIENCE_SECONDS = 20, 240
 """Botocore makes `ATTEMPTS` of a request, and of all requests of a client together only so many; such a round is made
 again as long as it fails for a passing reason, but no more than so often, and not after so many seconds. A request to a
 server that hangs takes ATTEMPTS * READ_TIMEOUT_SECONDS more; two in a row have to end before `stages.STAGE_SECONDS`."""
-FILESYSTEM_ATTEMPTS = 10
-"""The same of pyarrow's requests, which are made again at growing intervals."""
 PREFLIGHT_SECONDS = 20
 """The same before the work begins, where a wrong endpoint should be told soon."""
 CONDITIONAL_SECONDS, CONDITIONAL_TIMEOUT_SECONDS = 30, 15
@@ -200,27 +197,16 @@ class S3Storage:
 
     def filesystem(self) -> "tuple[FileSystem, str]":
         """See `Storage`. Raises StorageError when the bucket's region is neither set nor can be asked for."""
-        import boto3
-        from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
+        from pyarrow.fs import PyFileSystem
 
-        settings: dict[str, Any] = {"retry_strategy": AwsStandardS3RetryStrategy(max_attempts=FILESYSTEM_ATTEMPTS)}
+        from restore_core.storage.arrow import S3Files
+
+        files = S3Files(self.bucket)
         try:
-            client = s3_client()
-            endpoint = urllib.parse.urlsplit(client.meta.endpoint_url)
-            region = _region() or boto3.session.Session().region_name
-            if not re.search(r"\.amazonaws\.com(\.cn)?$", endpoint.hostname or ""):
-                settings |= {"endpoint_override": endpoint.netloc.rpartition("@")[2], "scheme": endpoint.scheme}
-            elif region is None:  # pyarrow, unlike boto3, does not follow the redirect to the bucket's own region
-                found = _patiently(lambda client: client.head_bucket(Bucket=self.bucket))
-                headers = found["ResponseMetadata"]["HTTPHeaders"]
-                region = headers.get("x-amz-bucket-region")
-            if "AWS_ACCESS_KEY_ID" not in os.environ and (chain := boto3.session.Session().get_credentials()):
-                frozen = chain.get_frozen_credentials()
-                settings |= {"access_key": frozen.access_key, "secret_key": frozen.secret_key}
-                settings |= {"session_token": frozen.token} if frozen.token else {}
+            files.now()  # what cannot work is told here
         except _s3_exceptions() as error:
             raise StorageError(f"cannot use {self.uri}: {_describe(error, 's3:ListBucket')}") from error
-        return S3FileSystem(region=region or "us-east-1", **settings), f"{self.bucket}/{self.prefix}".rstrip("/")
+        return PyFileSystem(files), f"{self.bucket}/{self.prefix}".rstrip("/")
 
     def join(self, key: str) -> str:
         return f"s3://{self.bucket}/{self.full_key(key)}"
@@ -308,14 +294,20 @@ def s3_client(read_timeout: int = READ_TIMEOUT_SECONDS) -> "S3Client":
     )
     try:
         # An own session: boto3's default one must not be used from several threads.
-        return boto3.session.Session(region_name=_region()).client("s3", config=config)
+        return boto3.session.Session(region_name=region()).client("s3", config=config)
     except ValueError as error:
         raise UsageError(f"{one_line(str(error))}; check AWS_ENDPOINT_URL (http://host:port) and AWS_REGION") from error
 
 
-def _region() -> str | None:
+def region() -> str | None:
     """Other SDKs read AWS_REGION, botocore only the second."""
     return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+
+
+def region_of(bucket: str) -> str | None:
+    """Where a bucket lies."""
+    found = _patiently(lambda client: client.head_bucket(Bucket=bucket))
+    return found["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
 
 
 def is_s3_object(bucket: str, key: str) -> bool:

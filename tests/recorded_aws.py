@@ -2,6 +2,7 @@
 
 import threading
 import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -45,6 +46,8 @@ class RecordedAWS:
         self._app = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        # moto keeps one state in a process, whichever server is asked.
+        urllib.request.urlopen(urllib.request.Request(f"{self.url}/moto-api/reset", method="POST")).close()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -57,7 +57,9 @@ def home(settings: dict[str, Any], host: str) -> Path:
 def machine(settings: dict[str, Any], host: str) -> dict[str, str]:
     """The environment of what is started there: none of this machine's but what `settings` names."""
     folder = str(home(settings, host))
-    own = {"HOME": folder, "USER": "ubuntu", "LANG": "C.UTF-8", MACHINE: folder}
+    # The user reaches the head, and the head the workers. Their keys tell AWS who asks, as roles would.
+    role = "worker" if MACHINE in os.environ else "head"
+    own = {"HOME": folder, "USER": "ubuntu", "LANG": "C.UTF-8", MACHINE: folder, "AWS_ACCESS_KEY_ID": role}
     return {"PATH": f"{settings['programs']}:/usr/bin:/bin", **settings["environment"], **own}
 
 
@@ -70,7 +72,7 @@ def ssh(settings: dict[str, Any], arguments: list[str]) -> int:
             value = words.pop(0)
             if option == "-L":
                 tunnels.append(value.split(":localhost:"))
-            if option == "-i" and not Path(value).is_file():
+            if option == "-i" and not Path(value).expanduser().is_file():  # ssh knows ~ itself
                 sys.exit(f"ssh: no key {value}")
     host = words.pop(0).partition("@")[2]
     for local, remote in tunnels:
@@ -122,7 +124,7 @@ def python3(settings: dict[str, Any], arguments: list[str]) -> int:
     for program in ("pip", "ray"):
         file = Path(arguments[2], "bin", program)
         script(file, f"{sys.executable} {Path(__file__).resolve()} {sys.argv[1]} {program}")
-    (Path(arguments[2]) / "bin/python").symlink_to(sys.executable)
+    script(Path(arguments[2], "bin/python"), sys.executable)
     return 0
 
 

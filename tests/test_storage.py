@@ -8,7 +8,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import boto3
+import botocore.credentials
+import botocore.exceptions
+import botocore.stub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -458,3 +463,42 @@ def test_s3_filesystem_takes_credentials_of_the_standard_chain(
     with filesystem.open_output_stream(f"{base}/a.bin") as stream:
         stream.write(b"x")
     assert S3Storage("photos", "runs").read("a.bin") == b"x"
+
+
+def test_s3_filesystem_renews_the_credentials_of_a_role(
+    new_clients: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As on EC2, where those of now would end in the middle of a long training."""
+    import pyarrow.fs
+
+    given = {}
+    monkeypatch.setattr(pyarrow.fs, "S3FileSystem", lambda **settings: given.update(settings))
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    for method, handed_over in (("iam-role", False), ("container-role", False), ("shared-credentials-file", True)):
+        found = botocore.credentials.Credentials("me", "secret", method=method)
+        monkeypatch.setattr("boto3.session.Session.get_credentials", lambda _, found=found: found)
+        given.clear()
+        S3Storage("photos", "runs").filesystem()
+        assert ("access_key" in given) == handed_over, method
+
+
+def test_s3_region_is_told_to_who_may_not_list_the_bucket() -> None:
+    client = boto3.session.Session("me", "secret", region_name="us-east-1").client("s3")
+    with botocore.stub.Stubber(client) as stubber:
+        headers = {"x-amz-bucket-region": "eu-central-1"}
+        stubber.add_client_error("head_bucket", "403", http_status_code=403, response_meta={"HTTPHeaders": headers})
+        assert S3Storage("photos", "runs")._bucket_region(client) == "eu-central-1"
+        stubber.add_client_error("head_bucket", "404", http_status_code=404)
+        with pytest.raises(botocore.exceptions.ClientError):
+            S3Storage("photos", "runs")._bucket_region(client)
+
+
+def test_s3_is_written_by_who_may_list_no_more_than_the_prefix(new_clients: None) -> None:
+    asked = []
+
+    def note(params: dict[str, Any], **_: object) -> None:
+        asked.append(params)
+
+    storage.s3.s3_client().meta.events.register("provide-client-params.s3.ListObjectsV2", note)
+    require_writable(S3Storage("photos", "out"), "--output")
+    assert [params["Prefix"] for params in asked] == ["out/"]

@@ -38,6 +38,8 @@ CONDITIONAL_SECONDS, CONDITIONAL_TIMEOUT_SECONDS = 30, 15
 LONGEST_PAUSE_SECONDS = 8.0
 VERSION_TRIES = 5
 """Of reading an object that is replaced meanwhile."""
+ROLES = ("iam-role", "container-role", "assume-role-with-web-identity")
+"""Credentials of a machine or a pod, which end after some hours: pyarrow finds them too, and renews them itself."""
 PROBE = ".restore-probe"
 """The key of what is put and deleted to see whether both are allowed."""
 
@@ -211,16 +213,28 @@ class S3Storage:
             if not re.search(r"\.amazonaws\.com(\.cn)?$", endpoint.hostname or ""):
                 settings |= {"endpoint_override": endpoint.netloc.rpartition("@")[2], "scheme": endpoint.scheme}
             elif region is None:  # pyarrow, unlike boto3, does not follow the redirect to the bucket's own region
-                found = _patiently(lambda client: client.head_bucket(Bucket=self.bucket))
-                headers = found["ResponseMetadata"]["HTTPHeaders"]
-                region = headers.get("x-amz-bucket-region")
-            if "AWS_ACCESS_KEY_ID" not in os.environ and (chain := boto3.session.Session().get_credentials()):
+                region = _patiently(self._bucket_region)
+            chain = None if "AWS_ACCESS_KEY_ID" in os.environ else boto3.session.Session().get_credentials()
+            if chain and chain.method not in ROLES:
                 frozen = chain.get_frozen_credentials()
                 settings |= {"access_key": frozen.access_key, "secret_key": frozen.secret_key}
                 settings |= {"session_token": frozen.token} if frozen.token else {}
         except _s3_exceptions() as error:
             raise StorageError(f"cannot use {self.uri}: {_describe(error, 's3:ListBucket')}") from error
         return S3FileSystem(region=region or "us-east-1", **settings), f"{self.bucket}/{self.prefix}".rstrip("/")
+
+    def _bucket_region(self, client: "S3Client") -> str | None:
+        """S3 says it also to who may not list the whole bucket, as a policy with a condition on the prefix has it."""
+        from botocore.exceptions import ClientError
+
+        try:
+            answer: Any = client.head_bucket(Bucket=self.bucket)
+        except ClientError as error:
+            answer = error.response
+            if _status(error) != 403:
+                raise
+        region = answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
+        return None if region is None else str(region)
 
     def join(self, key: str) -> str:
         return f"s3://{self.bucket}/{self.full_key(key)}"
@@ -243,7 +257,12 @@ class S3Storage:
             raise UsageError(f"{option} {self.join(self.only)}: is an object; name a prefix")
         key = self.full_key(PROBE)
         steps: tuple[tuple[str, str, Callable[[S3Client], object]], ...] = (
-            ("", "s3:ListBucket", lambda client: client.list_objects_v2(Bucket=self.bucket, MaxKeys=1)),
+            # Below the prefix, since a policy may allow no more than that.
+            (
+                "",
+                "s3:ListBucket",
+                lambda client: client.list_objects_v2(Bucket=self.bucket, Prefix=self.full_key(""), MaxKeys=1),
+            ),
             ("put", "s3:PutObject", lambda client: client.put_object(**self._put_options(PROBE), Body=b"")),
             ("delete", "s3:DeleteObject", lambda client: client.delete_object(Bucket=self.bucket, Key=key)),
         )

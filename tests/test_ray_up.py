@@ -79,14 +79,6 @@ class User:
             self.last_job = found[1]
         return output
 
-    def waits_for_the_job(self) -> str:
-        """Until it has ended; what it printed."""
-        while "PENDING" in (status := self.types("ray job status raysubmit_NUMBER")) or "RUNNING" in status:
-            time.sleep(0.5)
-        logs = self.types("ray job logs raysubmit_NUMBER")
-        assert "SUCCEEDED" in status, logs
-        return logs
-
     def ends(self) -> None:
         self._shell.kill()
         self._shell.wait()
@@ -167,11 +159,9 @@ def test_the_guide_from_roles_to_ray_down(folder: Path) -> None:
                     nobody_comes_in_without_the_token(user, ports)
                 elif command.startswith("ray job submit"):
                     if "train.py" in command:
-                        user.types(f"ray job submit --no-wait -- python -c {shlex.quote(ASK)}")
-                        user.waits_for_the_job()
+                        user.types(f"ray job submit -- python -c {shlex.quote(ASK)}")
                     (extra,) = (extra for job, extra in SMALL.items() if job in command)
-                    user.types(f"{command} {extra}")
-                    logs = user.waits_for_the_job()
+                    logs = user.types(f"{command} {extra}")
                     assert "model: s3://photos/runs/mine/model" in logs or "4 objects: " in logs
                 elif command.startswith("ray down"):
                     the_worker_is_on_demand(aws)

@@ -19,7 +19,7 @@ NO_CAPACITY = (
 
 @dataclass(frozen=True)
 class Request:
-    """`credential`: "ID/date/region/service/aws4_request". `parameters` are those of the URL and of a form in the body."""
+    """`credential`: "ID/date/region/service/aws4_request". `parameters`: of the URL, and of a form in the body."""
 
     method: str
     path: str

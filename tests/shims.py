@@ -8,8 +8,10 @@ ports that others may have. Each writes a line into a log: who was called, where
     python tests/shims.py SETTINGS PROGRAM ARGUMENTS...
 """
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -60,6 +62,7 @@ def machine(settings: dict[str, Any], host: str) -> dict[str, str]:
     # The user reaches the head, and the head the workers. Their keys tell AWS who asks, as roles would.
     role = "worker" if MACHINE in os.environ else "head"
     own = {"HOME": folder, "USER": "ubuntu", "LANG": "C.UTF-8", MACHINE: folder, "AWS_ACCESS_KEY_ID": role}
+    own["RAY_TMPDIR"] = str(Path(settings["homes"]).parent / host)
     return {"PATH": f"{settings['programs']}:/usr/bin:/bin", **settings["environment"], **own}
 
 
@@ -148,17 +151,23 @@ def ray(settings: dict[str, Any], arguments: list[str]) -> int:
             for word in arguments
         ]
         arguments += ["--node-ip-address=127.0.0.1", "--object-store-memory=100000000"]
+        # Else it is the head's; two nodes in one folder take each other's unpacked code away.
+        arguments += [f"--temp-dir={os.environ['RAY_TMPDIR']}/ray"]
         arguments += ["--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}"]
         if head:
             arguments += [f"--dashboard-port={ports['8265']}", f"--ray-client-server-port={free_port()}"]
     os.environ["PYTHONPATH"] = Path(os.environ["HOME"], "installed").read_text()
     program = str(Path(sys.executable).with_name("ray"))
     os.execv(program, [program, *arguments])
+    raise AssertionError("unreachable")
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """Not one of those that the system deals out: it would give it to another process before ours takes it."""
+    for port in random.sample(range(20000, 32000), 1000):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise OSError("no port is free")
 
 
 def stop(folder: Path) -> None:

@@ -1,7 +1,8 @@
-"""docker/, deploy/kuberay and what docs/cluster.md says of them: read, since neither Docker nor Kubernetes is at hand."""
+"""docker/ and deploy/kuberay: read, since neither Docker nor Kubernetes is at hand."""
 
 import shlex
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +68,17 @@ RAY_JOB = {
 }
 
 
-def misfits(value: Any, fields: Any, where: str = "") -> list[str]:
+def misfits(value: Any, fields: Any, where: str = "") -> Iterator[str]:
     """Fields that are not known, and values of another type."""
     if isinstance(fields, dict) and isinstance(value, dict):
-        unknown = [f"{where}.{key}" for key in value if key not in fields]
-        inner = [misfits(value[key], fields[key], f"{where}.{key}") for key in value if key in fields]
-        return unknown + sum(inner, [])
-    if isinstance(fields, list) and isinstance(value, list):
-        return sum((misfits(item, fields[0], f"{where}[{at}]") for at, item in enumerate(value)), [])
-    # bool is an int to Python, and not to Kubernetes.
-    return [] if isinstance(fields, type) and type(value) is fields else [f"{where}: {value!r}"]
+        yield from (f"{where}.{key}" for key in value if key not in fields)
+        for key in value.keys() & fields.keys():
+            yield from misfits(value[key], fields[key], f"{where}.{key}")
+    elif isinstance(fields, list) and isinstance(value, list):
+        for at, item in enumerate(value):
+            yield from misfits(item, fields[0], f"{where}[{at}]")
+    elif type(value) is not fields:  # a bool is an int to Python, and not to Kubernetes
+        yield f"{where}: {value!r}"
 
 
 def ray_version() -> str:
@@ -97,13 +99,13 @@ def pods(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 def test_ray_jobs_have_only_fields_that_kuberay_knows(document: dict[str, Any]) -> None:
     assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", "RayJob")
-    assert misfits(document, RAY_JOB) == []
+    assert list(misfits(document, RAY_JOB)) == []
 
 
 def test_a_misspelt_field_is_found(document: dict[str, Any]) -> None:
     document["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["minReplica"] = 0
     document["spec"]["backoffLimit"] = "0"
-    assert misfits(document, RAY_JOB) == [
+    assert sorted(misfits(document, RAY_JOB)) == [
         ".spec.backoffLimit: '0'",
         ".spec.rayClusterSpec.workerGroupSpecs[0].minReplica",
     ]
@@ -125,7 +127,9 @@ def test_ray_jobs_scale_from_nothing_and_leave_nothing(document: dict[str, Any])
     (workers,) = cluster["workerGroupSpecs"]
     assert workers["minReplicas"] == workers["replicas"] == 0 < workers["maxReplicas"]
     gpus = [
-        container["resources"]["limits"].get("nvidia.com/gpu") for pod in pods(document) for container in pod["containers"]
+        container["resources"]["limits"].get("nvidia.com/gpu")
+        for pod in pods(document)
+        for container in pod["containers"]
     ]
     assert gpus == [None, None, "1"]
 
@@ -162,7 +166,11 @@ def test_the_image_is_of_the_ray_that_is_pinned() -> None:
 
 def test_the_image_is_nobodys_root_and_takes_files_that_are_there() -> None:
     assert [words[1] for words in instructions() if words[0] == "USER"] == ["1000"]
-    (copied,) = ([word for word in words[1:-1] if not word.startswith("--")] for words in instructions() if words[0] == "COPY")
-    sent = [line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    (copied,) = (
+        [word for word in words[1:-1] if not word.startswith("--")] for words in instructions() if words[0] == "COPY"
+    )
+    sent = [
+        line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")
+    ]
     assert sorted(copied) == sorted(sent) and all((ROOT / name).is_file() for name in copied)
     assert {words[0] for words in instructions()} == {"FROM", "USER", "WORKDIR", "COPY", "RUN"}

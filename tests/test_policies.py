@@ -12,8 +12,8 @@ import pytest
 from policies import HEAD, IAM, WORKER, Need, allowed
 from recorded_aws import RecordedAWS
 
+from restore_core import storage
 from restore_core.lease import Lease
-from restore_core.storage import S3Storage
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -83,8 +83,16 @@ def test_a_worker_reads_inputs_writes_outputs_and_nothing_else(worker: Enforced)
 
 @pytest.mark.parametrize(
     ("prefix", "may"),
-    [("raw/", True), ("raw/a/b", True), ("restored/_restore/", True), ("raw", False), ("raw-secret/", False), ("", False), (None, False)],
-)  # fmt: skip
+    [
+        ("raw/", True),
+        ("raw/a/b", True),
+        ("restored/_restore/", True),
+        ("raw", False),
+        ("raw-secret/", False),
+        ("", False),
+        (None, False),
+    ],
+)
 def test_a_worker_lists_only_below_its_prefixes(prefix: str | None, may: bool) -> None:
     context = {} if prefix is None else {"s3:prefix": prefix}
     assert allowed(WORKER, Need("s3:ListBucket", "arn:aws:s3:::photos", context)) == may
@@ -101,8 +109,6 @@ def test_the_lease_the_probe_and_the_ledger_need_no_more_than_that(monkeypatch: 
         boto3.session.Session().client("s3").create_bucket(Bucket="photos")
         boto3.session.Session().client("s3").put_object(Bucket="photos", Key="raw/a.jpg", Body=b"x")
         before = len(aws.requests)
-        from restore_core import storage
-
         storage.s3.s3_client.cache_clear()
         source, output = storage.open_storage("s3://photos/raw/"), storage.open_storage("s3://photos/restored/")
         storage.require_readable(source, "--input")

@@ -125,9 +125,9 @@ def test_the_guide_from_roles_to_ray_down(folder: Path) -> None:
             **dict.fromkeys(("no_proxy", "NO_PROXY"), "127.0.0.1,localhost"),
         }
         ports = {"6379": shims.free_port(), "8265": shims.free_port()}
-        for name in ("home", "tmp", "ray"):
+        for name in ("home", "tmp"):
             (folder / name).mkdir()
-        own = {"RAY_TMPDIR": str(folder / "ray"), "AUTOSCALER_METRIC_PORT": str(shims.free_port())}
+        own = {"AUTOSCALER_METRIC_PORT": str(shims.free_port())}
         shims.install(folder, {"homes": str(folder / "homes"), "environment": settings | own, "ports": ports})
         repository = copy_of_the_repository(folder / "repository")
         user = User(
@@ -145,7 +145,9 @@ def test_the_guide_from_roles_to_ray_down(folder: Path) -> None:
             shims.free_port(),
         )
         fill_the_bucket(aws.url)
-        user.types("AWS_DEFAULT_REGION=eu-central-1 python jobs/pack_dataset.py --input s3://photos/clean --output s3://photos/packed")
+        user.types(
+            "AWS_DEFAULT_REGION=eu-central-1 python jobs/pack_dataset.py --input s3://photos/clean --output s3://photos/packed"
+        )
         tunnel: subprocess.Popen[bytes] | None = None
         try:
             for command in commands():
@@ -200,7 +202,11 @@ def nobody_comes_in_without_the_token(user: User, ports: dict[str, int]) -> None
     address = f"127.0.0.1:{ports['6379']}"
     user.types(f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN=wrong ray status --address {address}", expect=1)
     listening = [line.split()[1:4] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    hosts = {place.split(":")[0] for place, _, state in listening if state == "0A" and int(place.split(":")[1], 16) == ports["8265"]}
+    hosts = {
+        place.split(":")[0]
+        for place, _, state in listening
+        if state == "0A" and int(place.split(":")[1], 16) == ports["8265"]
+    }
     assert hosts == {"0100007F"}, "the dashboard listens beyond loopback"
 
 

@@ -1,8 +1,8 @@
 """Amazon EC2 for Ray's cluster launcher: spot instances, and on-demand ones while AWS has no spot to give.
 
-Ray 2.60 has no such fallback of its own. Where a launch is refused, its autoscaler asks for the same node type again and
-again, though another one with the same resources stands beside it: only a machine that was given and never joined counts
-as unavailable. `cluster.yaml` names the class as its node provider; it runs where `ray up` is typed and on the head.
+Ray 2.60 has no such fallback of its own. Where a launch is refused, its autoscaler asks for the same node type again
+and again, though another one with the same resources stands beside it: only a machine that was given and never joined
+counts as unavailable. `cluster.yaml` names the class as its provider; it runs where `ray up` is typed and on the head.
 """
 
 from typing import Any

@@ -9,7 +9,7 @@ from io import BytesIO
 from typing import Any
 
 from moto.server import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import make_server
+from werkzeug.serving import WSGIRequestHandler, make_server
 
 NO_CAPACITY = (
     b"<Response><Errors><Error><Code>InsufficientInstanceCapacity</Code>"
@@ -35,6 +35,11 @@ class Request:
         return (self.credential.split("/") + [""] * 4)[3]
 
 
+class Quiet(WSGIRequestHandler):
+    def log(self, type: str, message: str, *args: Any) -> None:
+        """What was asked for is kept, and need not be printed."""
+
+
 @dataclass
 class RecordedAWS:
     """Use as a context manager."""
@@ -44,7 +49,7 @@ class RecordedAWS:
 
     def __enter__(self) -> "RecordedAWS":
         self._app = DomainDispatcherApplication(create_backend_app)
-        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
+        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=Quiet)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         # moto keeps one state in a process, whichever server is asked.
         urllib.request.urlopen(urllib.request.Request(f"{self.url}/moto-api/reset", method="POST")).close()

@@ -15,6 +15,7 @@ NO_CAPACITY = (
     b"<Response><Errors><Error><Code>InsufficientInstanceCapacity</Code>"
     b"<Message>no spot</Message></Error></Errors><RequestID>1</RequestID></Response>"
 )
+DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,15 @@ class Quiet(WSGIRequestHandler):
 
 @dataclass
 class RecordedAWS:
-    """Use as a context manager."""
+    """Use as a context manager.
+
+    `no_spot`: none is to be had. `hiding`: buckets in which S3 says "denied" of keys that are not there, as it does to
+    who may list no more than some prefixes.
+    """
 
     requests: list[Request] = field(default_factory=list)
     no_spot: bool = False
+    hiding: tuple[str, ...] = ()
 
     def __enter__(self) -> "RecordedAWS":
         self._app = DomainDispatcherApplication(create_backend_app)
@@ -76,4 +82,14 @@ class RecordedAWS:
         if self.no_spot and spot and request.parameters.get("Action") == "RunInstances":
             start("500 Internal Server Error", [("Content-Type", "text/xml")])
             return [NO_CAPACITY]
-        return self._app(environ, start)
+        bucket, _, key = request.path.strip("/").partition("/")
+        if bucket not in self.hiding or request.method not in ("GET", "HEAD"):
+            return self._app(environ, start)
+        answered: list[tuple[str, Any]] = []
+        body = list(self._app(environ, lambda status, headers, _=None: answered.append((status, headers))))
+        status, headers = answered[0]
+        if status.startswith("404") and key:
+            start("403 Forbidden", [("Content-Type", "text/xml"), ("Content-Length", str(len(DENIED)))])
+            return [DENIED]
+        start(status, headers)
+        return body

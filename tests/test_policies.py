@@ -13,6 +13,7 @@ from policies import HEAD, IAM, WORKER, Need, allowed
 from recorded_aws import RecordedAWS
 
 from restore_core import storage
+from restore_core.errors import ItemError
 from restore_core.lease import Lease
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def worker() -> "Iterator[S3Client]":
         role = iam.create_role(RoleName="restore-worker", AssumeRolePolicyDocument=trust)["Role"]["Arn"]
         document = (IAM / "worker.json").read_text()
         iam.put_role_policy(RoleName="restore-worker", PolicyName="photos", PolicyDocument=document)
-        for bucket in ("photos", "others"):
+        for bucket in ("photos", "photos-runs", "others"):
             user.create_bucket(Bucket=bucket)
             for key in ("raw/a.jpg", "restored/a.jpg", "raw-secret/a.jpg"):
                 user.put_object(Bucket=bucket, Key=key, Body=b"x")
@@ -69,7 +70,8 @@ def test_a_worker_reads_inputs_writes_outputs_and_nothing_else(worker: Enforced)
     assert worker.may("get_object", "photos", "restored/a.jpg")
     assert worker.may("delete_object", "photos", "restored/b.jpg")
     upload = "create_multipart_upload"
-    assert worker.may(upload, "photos", "runs/state.pt")
+    assert worker.may(upload, "photos-runs", "faces/state.pt")
+    assert worker.may("list_objects_v2", "photos-runs")
     assert not worker.may(upload, "photos", "raw/state.pt")
     assert not worker.may("put_object", "photos", "raw/a.jpg", Body=b"x")
     assert not worker.may("delete_object", "photos", "raw/a.jpg")
@@ -164,3 +166,24 @@ def test_workers_have_no_say_in_machines() -> None:
     assert "ec2:" not in text and "iam:" not in text and '"*"' not in text
     trust = json.loads((IAM / "trust.json").read_text())
     assert [statement["Principal"] for statement in trust["Statement"]] == [{"Service": "ec2.amazonaws.com"}]
+
+
+def test_what_is_missing_is_told_from_what_is_denied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 itself does not, for who may list no more than prefixes."""
+    with RecordedAWS(hiding=("photos",)) as aws:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", aws.url)
+        for name, value in {"ACCESS_KEY_ID": "w", "SECRET_ACCESS_KEY": "w", "DEFAULT_REGION": "us-east-1"}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        boto3.session.Session().client("s3").create_bucket(Bucket="photos")
+        storage.s3.s3_client.cache_clear()
+        output = storage.S3Storage("photos", "restored")
+        output.write("a.jpg", b"x")
+        assert output.exists("a.jpg") and not output.exists("b.jpg")
+        (item,) = output.list()
+        output.delete("a.jpg")
+        for read in (lambda: output.read("a.jpg"), lambda: output.read_version(item)):
+            with pytest.raises(ItemError) as caught:
+                read()
+            assert caught.value.error == "vanished"
+            assert caught.value.message == "cannot read s3://photos/restored/a.jpg: not found"
+        storage.s3.s3_client.cache_clear()

@@ -106,7 +106,8 @@ def copy_of_the_repository(target: Path) -> Path:
 
 def fill_the_bucket(endpoint: str) -> None:
     client = boto3.session.Session("test", "test", region_name="eu-central-1").client("s3", endpoint_url=endpoint)
-    client.create_bucket(Bucket="photos", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
+    for bucket in ("photos", "photos-runs"):
+        client.create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
     for key, data in people(24).items():
         client.put_object(Bucket="photos", Key=f"clean/{key}", Body=data)
     for key, data in people(4).items():
@@ -116,7 +117,7 @@ def fill_the_bucket(endpoint: str) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_guide_from_roles_to_ray_down(folder: Path) -> None:
-    with RecordedAWS(no_spot=True) as aws:
+    with RecordedAWS(no_spot=True, hiding=("photos",)) as aws:
         settings = {
             "AWS_ENDPOINT_URL": aws.url,
             "AWS_SECRET_ACCESS_KEY": "test",
@@ -168,7 +169,7 @@ def test_the_guide_from_roles_to_ray_down(folder: Path) -> None:
                         user.types(f"ray job submit -- python -c {shlex.quote(ASK)}")
                     (extra,) = (extra for job, extra in SMALL.items() if job in command)
                     logs = user.types(f"{command} {extra}")
-                    assert "model: s3://photos/runs/mine/model" in logs or f"{len(people(4))} objects: " in logs
+                    assert "model: s3://photos-runs/faces/mine/model" in logs or f"{len(people(4))} objects: " in logs
                 elif command.startswith("ray down"):
                     the_worker_is_on_demand(aws)
                     assert "No nodes remaining." in user.types(command)
@@ -226,7 +227,7 @@ def only_what_the_policies_allow(aws: RecordedAWS) -> None:
     done = set()
     for request in aws.requests:
         policy = {"head": policies.HEAD, "worker": policies.WORKER}.get(request.access_key)
-        if policy is not None:
+        if policy is not None and not policies.in_vain(request):
             for need in policies.needs(request):
                 assert policies.allowed(policy, need), (request, need)
                 done.add((request.access_key, need.action))

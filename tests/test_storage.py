@@ -438,10 +438,10 @@ def test_s3_denied(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
             "GetObject",
         )
 
-    client = storage.s3.s3_client()
+    client, place = storage.s3.s3_client(), S3Storage("photos")
+    place.write("a.jpg", b"x")
     for name in ("get_object", "put_object", "head_object"):
         monkeypatch.setattr(client, name, denied)
-    place = S3Storage("photos")
     assert (
         fails("denied", place.read, "a.jpg") == "cannot read s3://photos/a.jpg: access denied, s3:GetObject is missing"
     )

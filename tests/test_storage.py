@@ -8,7 +8,11 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import boto3
+import botocore.exceptions
+import botocore.stub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -433,10 +437,10 @@ def test_s3_denied(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
             "GetObject",
         )
 
-    client = storage.s3.s3_client()
+    client, place = storage.s3.s3_client(), S3Storage("photos")
+    place.write("a.jpg", b"x")
     for name in ("get_object", "put_object", "head_object"):
         monkeypatch.setattr(client, name, denied)
-    place = S3Storage("photos")
     assert (
         fails("denied", place.read, "a.jpg") == "cannot read s3://photos/a.jpg: access denied, s3:GetObject is missing"
     )
@@ -458,3 +462,25 @@ def test_s3_filesystem_takes_credentials_of_the_standard_chain(
     with filesystem.open_output_stream(f"{base}/a.bin") as stream:
         stream.write(b"x")
     assert S3Storage("photos", "runs").read("a.bin") == b"x"
+
+
+def test_s3_region_is_told_to_who_may_not_list_the_bucket() -> None:
+    client = boto3.session.Session("me", "secret", region_name="us-east-1").client("s3")
+    with botocore.stub.Stubber(client) as stubber:
+        headers = {"x-amz-bucket-region": "eu-central-1"}
+        stubber.add_client_error("head_bucket", "403", http_status_code=403, response_meta={"HTTPHeaders": headers})
+        assert storage.s3._region_of(client, "photos") == "eu-central-1"
+        stubber.add_client_error("head_bucket", "404", http_status_code=404)
+        with pytest.raises(botocore.exceptions.ClientError):
+            storage.s3._region_of(client, "photos")
+
+
+def test_s3_is_written_by_who_may_list_no_more_than_the_prefix(new_clients: None) -> None:
+    asked = []
+
+    def note(params: dict[str, Any], **_: object) -> None:
+        asked.append(params)
+
+    storage.s3.s3_client().meta.events.register("provide-client-params.s3.ListObjectsV2", note)
+    require_writable(S3Storage("photos", "out"), "--output")
+    assert [params["Prefix"] for params in asked] == ["out/"]

@@ -75,14 +75,14 @@ class S3Storage:
             raise StorageError(f"cannot list {self.uri}: {_describe(error, 's3:ListBucket')}") from error
 
     def read(self, key: str) -> bytes:
-        with _s3_errors("read", self.join(key), "s3:GetObject"):
+        with self._told_apart(key), _s3_errors("read", self.join(key), "s3:GetObject"):
             return _patiently(lambda client: self._get(client, key)[0])
         raise AssertionError("unreachable")
 
     def read_version(self, item: Object) -> tuple[bytes, Object]:
         """See `Storage`. One request, unless the object has been replaced: then a listing tells by what."""
         for _ in range(VERSION_TRIES):
-            with _s3_errors("read", self.join(item.key), "s3:GetObject"):
+            with self._told_apart(item.key), _s3_errors("read", self.join(item.key), "s3:GetObject"):
                 data, etag = _patiently(partial(self._get, key=item.key, expected=item))
             if etag == item.etag:
                 return data, item
@@ -110,6 +110,22 @@ class S3Storage:
             if found["Key"] == self.full_key(key):
                 return Object(key, found["Size"], found["ETag"].strip('"'))
         return None
+
+    @contextlib.contextmanager
+    def _told_apart(self, key: str) -> Iterator[None]:
+        """S3 says "denied" of a missing key too, to who may list no more than a prefix; a listing below that tells."""
+        try:
+            yield
+        except ItemError as error:
+            if error.error != "denied":
+                raise
+            try:
+                there = self._listed(key) is not None
+            except ItemError:
+                there = True  # as far as one may know
+            if there:
+                raise
+            raise ItemError("vanished", one_line(f"cannot read {self.join(key)}: not found")) from error
 
     def write(self, key: str, data: bytes, content_type: str | None = None) -> None:
         extra: dict[str, Any] = {"ContentType": content_type} if content_type else {}
@@ -174,7 +190,7 @@ class S3Storage:
             _patiently(lambda client: client.delete_object(Bucket=self.bucket, Key=self.full_key(key)))
 
     def stat(self, key: str) -> Object:
-        with _s3_errors("read", self.join(key), "s3:GetObject"):
+        with self._told_apart(key), _s3_errors("read", self.join(key), "s3:GetObject"):
             found = _patiently(lambda client: client.head_object(Bucket=self.bucket, Key=self.full_key(key)))
             return Object(key, found["ContentLength"], found["ETag"].strip('"'))
         raise AssertionError("unreachable")
@@ -229,7 +245,12 @@ class S3Storage:
             raise UsageError(f"{option} {self.join(self.only)}: is an object; name a prefix")
         key = self.full_key(PROBE)
         steps: tuple[tuple[str, str, Callable[[S3Client], object]], ...] = (
-            ("", "s3:ListBucket", lambda client: client.list_objects_v2(Bucket=self.bucket, MaxKeys=1)),
+            # Below the prefix, since a policy may allow no more than that.
+            (
+                "",
+                "s3:ListBucket",
+                lambda client: client.list_objects_v2(Bucket=self.bucket, Prefix=self.full_key(""), MaxKeys=1),
+            ),
             ("put", "s3:PutObject", lambda client: client.put_object(**self._put_options(PROBE), Body=b"")),
             ("delete", "s3:DeleteObject", lambda client: client.delete_object(Bucket=self.bucket, Key=key)),
         )
@@ -305,9 +326,22 @@ def region() -> str | None:
 
 
 def region_of(bucket: str) -> str | None:
-    """Where a bucket lies."""
-    found = _patiently(lambda client: client.head_bucket(Bucket=bucket))
-    return found["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
+    """Where a bucket lies. S3 tells it also who may not list all of it, as a policy with a condition on the prefix has
+    it."""
+    return _patiently(partial(_region_of, bucket=bucket))
+
+
+def _region_of(client: "S3Client", bucket: str) -> str | None:
+    from botocore.exceptions import ClientError
+
+    try:
+        answer: Any = client.head_bucket(Bucket=bucket)
+    except ClientError as error:
+        answer = error.response
+        if _status(error) != 403:
+            raise
+    region = answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
+    return None if region is None else str(region)
 
 
 def is_s3_object(bucket: str, key: str) -> bool:

@@ -1,6 +1,7 @@
 """cluster.yaml against Ray's own schema, without AWS, and against what must not be left at Ray's defaults."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,12 @@ def test_what_is_to_be_changed_stands_at_the_top(cluster: dict[str, Any]) -> Non
     for value in ("region: ", "cluster_name: ", "max_workers: ", "sg-", "resolve:ssm:", "restore-worker", "g6.2xlarge"):
         assert value in top and (value == "max_workers: " or value not in below), value
     assert cluster["available_node_types"]["gpu_worker"]["node_config"]["InstanceType"] == "g6.2xlarge"
+
+
+def test_jobs_are_told_what_the_workers_can_come_to(cluster: dict[str, Any]) -> None:
+    """Where there are none yet. g6.2xlarge: 8 CPUs, 1 GPU."""
+    (told,) = re.findall(r"RESTORE_GROWS_TO=CPU=(\d+),GPU=(\d+) ", TEXT)
+    assert [int(number) for number in told] == [8 * cluster["max_workers"], cluster["max_workers"]]
 
 
 # --- On demand where there is no spot ------------------------------------------------------------------------------

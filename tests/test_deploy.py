@@ -33,7 +33,15 @@ POD = {
         "fsGroup": int,
         "seccompProfile": {"type": str},
     },
-    "containers": [{"name": str, "image": str, "securityContext": SECURITY, "resources": RESOURCES}],
+    "containers": [
+        {
+            "name": str,
+            "image": str,
+            "env": [{"name": str, "value": str}],
+            "securityContext": SECURITY,
+            "resources": RESOURCES,
+        }
+    ],
 }
 RAY_JOB = {
     "apiVersion": str,
@@ -100,6 +108,15 @@ def pods(document: dict[str, Any]) -> list[dict[str, Any]]:
 def test_ray_jobs_have_only_fields_that_kuberay_knows(document: dict[str, Any]) -> None:
     assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", "RayJob")
     assert list(misfits(document, RAY_JOB)) == []
+
+
+def test_jobs_are_told_what_the_workers_can_come_to(document: dict[str, Any]) -> None:
+    cluster = document["spec"]["rayClusterSpec"]
+    (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    (group,) = cluster["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    cpus, gpus = (int(limits[name]) * group["maxReplicas"] for name in ("cpu", "nvidia.com/gpu"))
+    assert {"name": "RESTORE_GROWS_TO", "value": f"CPU={cpus},GPU={gpus}"} in head["env"]
 
 
 def test_a_misspelt_field_is_found(document: dict[str, Any]) -> None:

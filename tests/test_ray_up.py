@@ -82,7 +82,7 @@ class User:
 
     def ends(self) -> None:
         self._shell.kill()
-        self._shell.wait()
+        self._shell.communicate()  # closes its pipes
 
 
 @pytest.fixture

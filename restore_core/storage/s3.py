@@ -117,7 +117,7 @@ class S3Storage:
         try:
             yield
         except ItemError as error:
-            if error.error != "denied":
+            if error.__cause__ is None or _code(error.__cause__) not in ("AccessDenied", "403"):
                 raise
             try:
                 there = self._listed(key) is not None
@@ -395,7 +395,7 @@ def _s3_errors(doing: ErrorClass, uri: str, permission: str, verb: str | None = 
         raise ItemError(kind, one_line(f"cannot {verb or doing} {uri}: {_describe(error, permission)}")) from error
 
 
-def _code(error: Exception) -> str:
+def _code(error: BaseException) -> str:
     response: dict[str, Any] = getattr(error, "response", None) or {}  # only ClientError has one
     return str(response.get("Error", {}).get("Code", type(error).__name__))
 

@@ -38,10 +38,8 @@ NOT_RUN = {
     "kubectl": "there is no Kubernetes in the tests; tests/test_deploy.py reads deploy/kuberay",
 }
 """Commands of docs/cluster.md that no test types, and why. All others are typed here."""
-SMALL = {"train.py": "--preset smoke --workers 1", "restore_bucket.py": "--workers 1"}
+SMALL = {"train.py": "--device cpu --preset smoke --workers 1", "restore_bucket.py": "--device cpu --workers 1"}
 """Added to the jobs of docs/cluster.md, which are for larger machines."""
-ASK = "import ray, time; from ray.autoscaler.sdk import request_resources as ask; ray.init(); ask(num_cpus=1)\n"
-ASK += "while not ray.cluster_resources().get('CPU'): time.sleep(0.2)"
 
 
 def commands() -> list[str]:
@@ -168,8 +166,6 @@ def test_the_guide_from_roles_to_ray_down(folder: Path) -> None:
                     wait_for_port(user.dashboard)
                     nobody_comes_in_without_the_token(user, ports)
                 elif command.startswith("ray job submit"):
-                    if "train.py" in command:
-                        user.types(f"ray job submit -- python -c {shlex.quote(ASK)}")
                     (extra,) = (extra for job, extra in SMALL.items() if job in command)
                     logs = user.types(f"{command} {extra}")
                     assert "model: s3://photos-runs/faces/mine/model" in logs or f"{len(people(4))} objects: " in logs

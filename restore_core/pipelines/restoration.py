@@ -487,6 +487,10 @@ def _restore_wave(wave: _Wave, run: RestoreRun, actors: int, options: RestoreOpt
     context = ray.data.DataContext.get_current()
     allowed, context.max_errored_blocks = context.max_errored_blocks, -1
     context.set_config(BACKPRESSURE_KEY, BACKPRESSURE)
+    limits = context.execution_options.resource_limits
+    if options.workers is not None:  # else Ray Data asks for more nodes while all that it may use is busy
+        most = {"gpu": actors} if run.device == "cuda" else {"cpu": actors}
+        context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(**most)
     try:
         # What is missing after the first pass was beside something that killed its actor; in the second it is alone.
         for alone in (False, True):
@@ -511,7 +515,7 @@ def _restore_wave(wave: _Wave, run: RestoreRun, actors: int, options: RestoreOpt
             stages.finish(row)
             account.add([row])
     finally:
-        context.max_errored_blocks = allowed
+        context.max_errored_blocks, context.execution_options.resource_limits = allowed, limits
         context.remove_config(BACKPRESSURE_KEY)
         account.flush()
 

@@ -2,13 +2,15 @@
 
 import copy
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from restore_core.pipelines.spot import SpotOrOnDemand
+from restore_core.pipelines.spot import SpotOrOnDemand, grows_to
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "cluster.yaml").read_text()
@@ -72,10 +74,20 @@ def test_what_is_to_be_changed_stands_at_the_top(cluster: dict[str, Any]) -> Non
     assert cluster["available_node_types"]["gpu_worker"]["node_config"]["InstanceType"] == "g6.2xlarge"
 
 
-def test_jobs_are_told_what_the_workers_can_come_to(cluster: dict[str, Any]) -> None:
-    """Where there are none yet. g6.2xlarge: 8 CPUs, 1 GPU."""
-    (told,) = re.findall(r"RESTORE_GROWS_TO=CPU=(\d+),GPU=(\d+) ", TEXT)
-    assert [int(number) for number in told] == [8 * cluster["max_workers"], cluster["max_workers"]]
+def test_jobs_are_told_what_the_workers_can_come_to(cluster: dict[str, Any], tmp_path: Path) -> None:
+    """Where there are none yet: by the file that `ray up` leaves on the head, with what AWS says of the machines."""
+    cluster["available_node_types"]["gpu_worker"]["resources"] = {"CPU": 8, "GPU": 1}
+    cluster["available_node_types"]["cpu_worker"] |= {"resources": {"CPU": 16}, "max_workers": 3}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(cluster))
+    (start,) = (command for command in cluster["head_start_ray_commands"] if "ray start" in command)
+    (module,) = re.findall(
+        r"export RESTORE_GROWS_TO=\$\(~/env/bin/python -m (\S+) ~/ray_bootstrap_config.yaml\)", start
+    )
+    command = [sys.executable, "-m", module, tmp_path / "config.yaml"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert told == "CPU=64,GPU=8\n"
+    del cluster["available_node_types"]["gpu_worker"]
+    assert grows_to(cluster) == "CPU=48,GPU=0"
 
 
 # --- On demand where there is no spot ------------------------------------------------------------------------------

@@ -27,13 +27,13 @@ from restore_core.manifest import Ledger, Row
 
 def counted(notes: Path) -> type:
     """RestoreUnit with the notes. Local, so that Ray carries it to its workers, where nothing is patched yet."""
-    path = str(notes)
+    note_writes = noting(notes)
 
     class CountedRestoreUnit:
         def __init__(self, *arguments: Any) -> None:
             from restore_core.pipelines import restoration
 
-            note_writes(path)
+            note_writes()
             self.restore = restoration.RestoreUnit(*arguments)
 
         def __call__(self, unit: pa.Table) -> pa.Table:
@@ -44,32 +44,37 @@ def counted(notes: Path) -> type:
 
 def counted_task(notes: Path) -> Callable[..., pa.Table]:
     """write_items in the same way."""
-    path = str(notes)
+    note_writes = noting(notes)
 
     def write_items(*arguments: Any) -> pa.Table:
         from restore_core.pipelines import restoration
 
-        note_writes(path)
+        note_writes()
         return restoration.write_items(*arguments)
 
     return write_items
 
 
-def note_writes(path: str) -> None:
-    """From now on in this process; once is enough."""
-    from restore_core import sinks
+def noting(notes: Path) -> Callable[[], None]:
+    """What makes a process note its writes, from then on; once is enough."""
+    path = str(notes)
 
-    if hasattr(sinks.write, "noted"):
-        return
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    write = sinks.write
+    def note_writes() -> None:
+        from restore_core import sinks
 
-    def noted(row: Row, *others: Any) -> None:
-        os.write(file, f"{row.key}\n".encode())
-        write(row, *others)
+        if hasattr(sinks.write, "noted"):
+            return
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        write = sinks.write
 
-    noted.noted = True  # type: ignore[attr-defined]
-    sinks.write = noted
+        def noted(row: Row, *others: Any) -> None:
+            os.write(file, f"{row.key}\n".encode())
+            write(row, *others)
+
+        noted.noted = True  # type: ignore[attr-defined]
+        sinks.write = noted
+
+    return note_writes
 
 
 def without_cuda(run: type) -> type:

@@ -57,12 +57,16 @@ class RecordedAWS:
         self._app = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=Quiet)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        # moto keeps one state in a process, whichever server is asked.
-        urllib.request.urlopen(urllib.request.Request(f"{self.url}/moto-api/reset", method="POST")).close()
+        self._forget()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._forget()
         self._server.shutdown()
+
+    def _forget(self) -> None:
+        """Before and after: moto keeps one state in a process, whichever server is asked."""
+        urllib.request.urlopen(urllib.request.Request(f"{self.url}/moto-api/reset", method="POST")).close()
 
     @property
     def url(self) -> str:

@@ -830,10 +830,12 @@ def test_an_object_that_kills_its_worker_costs_only_itself(
 
             self.restore = RestoreUnit(*arguments)
 
-        def __call__(self, unit: pa.Table) -> pa.Table:
-            if "0poison.jpg" in unit["key"].to_pylist():
+        def __call__(self, packed: pa.Table) -> pa.Table:
+            from restore_core.pipelines.stages import unpack
+
+            if "0poison.jpg" in unpack(packed)["key"].to_pylist():
                 os._exit(1)
-            return self.restore(unit)
+            return self.restore(packed)
 
     monkeypatch.setattr(restoration, "RestoreUnit", Poisoned)
     files = {f"{index}.jpg": GOOD["a/tiny.jpg"] for index in range(8)} | {"0poison.jpg": GOOD["a/face.jpg"]}

@@ -22,7 +22,8 @@ from jobs.restore_bucket import RestoreBucket
 from jobs.verify_bucket import VerifyBucket
 from restore_core.manifest import Ledger, Row
 
-pytestmark = pytest.mark.ray
+# The proof (verify_bucket) needs a Ray in this process: the one that all tests share.
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
 Models = Callable[[int], Path]
 Again = Callable[..., Counter[str]]

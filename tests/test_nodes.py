@@ -24,7 +24,8 @@ from jobs.verify_bucket import VerifyBucket
 from restore_core.manifest import Ledger
 from restore_core.storage import LocalStorage
 
-pytestmark = pytest.mark.ray
+# The proof (verify_bucket) needs a Ray in this process: the one that all tests share.
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
 Models = Callable[[int], Path]
 

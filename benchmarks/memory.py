@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from benchmarks.restore_speed import KINDS, ROOT
+from benchmarks.restore_speed import KINDS, ROOT, processes_of
 from jobs import command_line
 from restore_core import manifest, provenance
 from restore_core.config import ResidualUNetConfig, require
@@ -122,7 +122,7 @@ class Watch(threading.Thread):
         searched = 0.0
         while not self._ended.wait(SAMPLE_S):
             if time.time() - searched > SEARCH_S:
-                found, searched = self._processes(), time.time()
+                found, searched = processes_of(self._mark), time.time()
             most: dict[str, float] = {}
             together: dict[int, float] = {}
             for folder, kind in found.items():
@@ -139,19 +139,6 @@ class Watch(threading.Thread):
                     worker = int(folder.name) if kind == "worker" else int(lines["PPid"])
                     together[worker] = together.get(worker, 0) + size
             self.samples.append((time.time(), {**most, "worker and codecs": max(together.values(), default=0)}))
-
-    def _processes(self) -> dict[Path, str]:
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if self._mark not in (folder / "environ").read_bytes():
-                    continue
-                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:
-                continue
-            if kind := next((kind for kind, text in KINDS.items() if text in command), None):
-                found[folder] = kind
-        return found
 
     def end(self) -> None:
         self._ended.set()

@@ -79,6 +79,21 @@ class RestoreSpeed:
         require(bool(complete), "contestants", " ".join(self.contestants), advice)
 
 
+def processes_of(mark: bytes) -> dict[Path, str]:
+    """Of a job with that mark in its environment: their folders in /proc, and which of `KINDS` they are."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark not in (folder / "environ").read_bytes():
+                continue
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:  # it has ended
+            continue
+        if kind := next((kind for kind, text in KINDS.items() if text in command), None):
+            found[folder] = kind
+    return found
+
+
 class Watch(threading.Thread):
     """While a job runs: the most that was resident of each kind of its processes, megabytes; how busy the GPU was."""
 
@@ -95,16 +110,12 @@ class Watch(threading.Thread):
             if self._device == "cuda":
                 command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
                 self.busy.append(int(subprocess.check_output(command, text=True).split()[0]))  # noqa: S603
-            for folder in Path("/proc").glob("[0-9]*"):
+            for folder, kind in processes_of(self._mark).items():
                 try:
-                    if self._mark not in (folder / "environ").read_bytes():
-                        continue
-                    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                     status = (folder / "status").read_text()
                 except OSError:  # it has ended
                     continue
-                kind = next((kind for kind, text in KINDS.items() if text in command), None)
-                if kind and (peak := [line for line in status.splitlines() if line.startswith("VmHWM")]):
+                if peak := [line for line in status.splitlines() if line.startswith("VmHWM")]:
                     self.most[kind] = max(self.most.get(kind, 0), int(peak[0].split()[1]) / 1024)
 
     def end(self) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import pytest
 from fault_proxy import Fault, FaultProxy
 from photos import encoded, people, write_tree
 from processes import marked, wait_for
+from shims import free_port
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -105,12 +105,6 @@ class Head:
         """Of a job's own log what `ray job logs` shows, without a process for each look."""
         path = self.folder / f"session_latest/logs/{kind}-{id}.log"
         return path.read_text() if path.exists() else ""
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 def serves(address: str) -> bool:

@@ -199,7 +199,7 @@ def build_dataset(
     run: RestoreRun,
     *,
     actors: int,
-    most_actors: int | None = None,
+    most_actors: int = 0,
     batch_size: int,
     separate: bool,
     gpus: float,
@@ -220,7 +220,7 @@ def build_dataset(
     dataset = ray.data.from_arrow([stages.pack(unit) for unit in units])
     # One is worked on and one waits, so that no actor does.
     pool = ray.data.ActorPoolStrategy(
-        min_size=actors, max_size=max(actors, most_actors or 0), max_tasks_in_flight_per_actor=1 if alone else 2
+        min_size=actors, max_size=max(actors, most_actors), max_tasks_in_flight_per_actor=1 if alone else 2
     )
     with warnings.catch_warnings():
         # max_task_retries has no other way in yet; without it a poisoned unit would be tried for ever.

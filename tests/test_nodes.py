@@ -85,10 +85,7 @@ def assert_whole(source: Path, output: Path, expected: dict[str, str]) -> None:
 def test_the_plan_for_gpus_loses_a_node(
     tmp_path: Path, processes: Started, source: Path, expected: dict[str, str], small_model: Models
 ) -> None:
-    """Decoding, network and encoding in processes of their own, on nodes of which one is suddenly gone.
-
-    Now and then it hangs, see DECISIONS.md.
-    """
+    """Decoding, network and encoding in processes of their own, on nodes of which one is suddenly gone."""
     nodes, output = Nodes(processes, head_cpus=0), tmp_path / "out"
     nodes.add(2)
     nodes.add(1, gpus=1)

@@ -8,7 +8,7 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from benchmarks import corpora, page, restore_speed
+from benchmarks import corpora, memory, page, restore_speed
 from benchmarks.contestants import CORES
 
 Models = Callable[[int], Path]
@@ -58,3 +58,16 @@ def test_all_take_turns_and_the_page_says_so(
     monkeypatch.setattr(page, "FOLDER", tmp_path)
     assert f"| {rates['plain loop']:.2f} |" in page.page()
     assert f"| **{rates['job, steady state']:.1f}** |" in page.summary()
+
+
+def test_memory_is_looked_at_over_many_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = memory.Memory(output=tmp_path / "many.json", images=10, megapixels=0.2, kinds=("JPEG", "PNG"))
+    assert memory.main(job) == 0
+    result = json.loads(job.output.read_text())
+    assert result["images"] == 10
+    most = result["most_mb_by_tenth"]
+    assert {len(tenths) for tenths in most.values()} == {10}
+    # It is looked at every 50 ms, and new processes are found within a second: not in each tenth of so small a job.
+    assert max(most["worker"]) > 100
+    assert max(most["codec"]) > 20
+    assert max(most["worker and codecs"]) > max(most["worker"])

@@ -27,14 +27,19 @@ def run(main: Callable[[Options], int], options: type[Options]) -> int:
     try:
         return main(_parsed(options, sys.modules[main.__module__].__doc__))
     except (UsageError, StorageError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UNUSABLE
+        return _unusable(str(error))
     except ItemError as error:  # of a file that the whole job needs, such as its report
-        print(f"error: {error.message}", file=sys.stderr)
-        return UNUSABLE
+        return _unusable(error.message)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
+
+
+def _unusable(message: str) -> int:
+    from restore_core.storage import one_line
+
+    print(f"error: {one_line(message)}", file=sys.stderr)  # names of files and columns in it are hostile text
+    return UNUSABLE
 
 
 def _parsed(options: type[Options], description: str | None) -> Options:

@@ -42,7 +42,7 @@ class PackDataset:
 
 def main(job: PackDataset) -> int:
     from restore_core import sources
-    from restore_core.pipelines.packing import BROKEN_FILE, Splits, pack
+    from restore_core.pipelines.packing import Splits, pack
     from restore_core.storage import open_storage, overlaps, require_readable, require_writable
 
     inputs = [open_storage(place, option="--input") for place in job.input]
@@ -75,7 +75,7 @@ def main(job: PackDataset) -> int:
     for split in sorted(result.photographs):
         print(f"{split}: {result.photographs[split]} photographs of {len(result.people[split])} people")
     if result.broken:
-        print(f"{len(result.broken)} files could not be used: {output.join(BROKEN_FILE)}")
+        print(f"{len(result.broken)} files could not be used: {output.join(sources.BROKEN_FILE)}")
     return command_line.DONE
 
 

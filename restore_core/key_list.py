@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import urllib.parse
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -51,7 +52,7 @@ def read_key_list(uri: str, input: Storage) -> Iterator[Object]:
         )
     except UsageError as error:
         raise UsageError(f"{OPTION} {uri}: {error}") from error
-    except (pa.ArrowException, ValueError, KeyError, TypeError, OSError, EOFError, csv.Error) as error:
+    except (pa.ArrowException, ValueError, LookupError, TypeError, OSError, EOFError, zlib.error, csv.Error) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"{OPTION} {uri}: not a readable list of keys ({reason}); see --help") from error
     table = pa.concat_tables([SCHEMA.empty_table(), *tables]).sort_by("key")
@@ -162,12 +163,14 @@ def _completed(table: pa.Table) -> pa.Table:
     }
     nulls = {field.name: pa.nulls(len(table), field.type) for field in SCHEMA if field.name not in columns}
     if "etag" in columns:
-        columns["etag"] = pc.utf8_trim(columns["etag"], '"')
+        columns["etag"] = _without_empty(pc.utf8_trim(columns["etag"], '"'))
     return pa.table({**columns, **nulls}).select(SCHEMA.names).cast(SCHEMA)
 
 
 def _numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Integers; null for an empty cell."""
-    if pa.types.is_string(column.type):
-        column = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
-    return column.cast(pa.int64())
+    return (_without_empty(column) if pa.types.is_string(column.type) else column).cast(pa.int64())
+
+
+def _without_empty(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)

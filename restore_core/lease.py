@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
@@ -67,7 +67,8 @@ class Lease:
         self._version: str | None = None
         self._lost = False
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._renew, daemon=True)
+        self._one_at_a_time = threading.Lock()
+        self._thread = threading.Thread(target=self._keep, daemon=True)
 
     @property
     def since(self) -> float:
@@ -84,20 +85,25 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
-        if not self._lost:
-            with contextlib.suppress(ItemError):  # it expires by itself
+        with contextlib.suppress(ItemError, StorageError, UsageError):  # it expires by itself
+            if not self._lost and self._parse(self._output.read(self._key)).run_id == self._owner.run_id:
                 self._output.delete(self._key)
 
     def check(self) -> None:
-        """Raise StorageError if another run has taken the lease over, since this one could not renew it."""
-        if self._lost:
+        """Raise StorageError if another run may have taken the lease over, since this one could not renew it."""
+        if self._gone():  # or this machine slept
+            self._renew()
+        if self._gone():
             raise StorageError(
                 f"{self._option} {self._output.uri}: this run could not renew its lease {self._key} and another may be "
                 "at work there; start again to go on"
             )
 
-    def _put(self, version: str | None) -> str | None:
-        data = json.dumps(asdict(self._owner), indent=2).encode()
+    def _gone(self) -> bool:
+        return self._lost or time.time() - self._owner.renewed > EXPIRE_SECONDS
+
+    def _put(self, version: str | None, owner: Owner | None = None) -> str | None:
+        data = json.dumps(asdict(owner or self._owner), indent=2).encode()
         return self._output.write_if(self._key, data, version)
 
     def _take_over(self) -> str:
@@ -139,17 +145,19 @@ class Lease:
             ) from None
         return owner
 
-    def _renew(self) -> None:
+    def _keep(self) -> None:
         while not self._ended.wait(RENEW_SECONDS):
-            last, self._owner = self._owner, Owner(**{**asdict(self._owner), "renewed": time.time()})
-            try:
-                self._version = self._put(self._version)
-                self._lost = self._version is None
-            except ItemError:  # no connection, say: tried again until the lease has expired
-                self._owner = last
-                self._lost = time.time() - last.renewed > EXPIRE_SECONDS
+            self._renew()
+
+    def _renew(self) -> None:
+        with self._one_at_a_time:
             if self._lost:
                 return
+            owner = replace(self._owner, renewed=time.time())
+            # No connection, say, or credentials that could not be renewed, whose errors are of any type.
+            with contextlib.suppress(Exception):
+                self._version = self._put(self._version, owner)
+                self._owner, self._lost = owner, self._version is None
 
 
 def _machine() -> str:

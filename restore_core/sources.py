@@ -19,11 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from restore_core import codec
+from restore_core import codec, manifest
 from restore_core.errors import ItemError, StorageError, UsageError
 from restore_core.storage import Storage, key_of
 
 TAR_BUFFER_BYTES = 8 * 2**20
+OPTIONS_FILE, BROKEN_FILE = "_pack/options.json", "_pack/broken.csv"
+"""What jobs/pack_dataset.py writes beside a dataset: how it was made, and what could not be read."""
 TRAIN, VALIDATION, TEST = "train", "val", "test"
 
 DATASET_SCHEMA = pa.schema(
@@ -146,8 +148,9 @@ def parquet_files(storage: Storage, option: str) -> list[str]:
 
 
 def is_internal(key: str) -> bool:
-    """Files that our own jobs keep beside their output (ledger, options), in folders that begin with an underscore."""
-    return any(part.startswith("_") for part in PurePosixPath(key).parts[:-1])
+    """Files that our own jobs keep beside their output: ledger and report, and what was packed with which options."""
+    *folders, _ = key.split("/")
+    return manifest.FOLDER in folders or f"/{key}".endswith((f"/{OPTIONS_FILE}", f"/{BROKEN_FILE}"))
 
 
 @contextmanager

@@ -67,6 +67,13 @@ def test_versions_in_the_list_are_not_asked_for(tmp_path: Path, photos: LocalSto
     assert there == photos.stat("plain.jpg")
 
 
+def test_an_empty_cell_is_no_version(tmp_path: Path, photos: LocalStorage) -> None:
+    known = {item.key: item for item in photos.list()}
+    size = known["left out.jpg"].size
+    file = write(tmp_path / "list.csv", f"key,size,etag\nleft out.jpg,{size},\n".encode())
+    assert list(read_key_list(file, photos)) == [known["left out.jpg"]]
+
+
 def test_what_is_not_there_stays_in_the_list(tmp_path: Path, photos: LocalStorage) -> None:
     found = list(read_key_list(write(tmp_path / "list", b"gone.jpg\n../outside.jpg\nplain.jpg\n"), photos))
     assert [(item.key, item.size > 0) for item in found] == [
@@ -130,3 +137,5 @@ def test_lists_that_cannot_be_used_are_refused(tmp_path: Path, photos: LocalStor
     refused(b"bucket,key\nphotos,a.jpg\n", "f", "it has a column bucket, but --input .* is not on S3")
     refused(b"{}", "manifest.json", "an S3 Inventory, but --input .* is not on S3; use a list of keys")
     refused(gzip.compress(b"a" * 9999)[:30], "g.gz", "not a readable list of keys")
+    refused(gzip.compress(b"a.jpg\n" * 999)[:12] + b"\xff" * 30, "h.gz", "not a readable list of keys")
+    refused(b"key,size,etag\na.jpg\n", "i.csv", "not a readable list of keys")

@@ -124,7 +124,52 @@ def test_a_short_outage_is_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         wait_for(lambda: json.loads(output.read(KEY))["renewed"] > before)
         down.set()
         monkeypatch.setattr(lease, "EXPIRE_SECONDS", 0.2)
-        wait_for(lambda: held._lost)
+        time.sleep(0.3)
+        with pytest.raises(StorageError, match=r"could not renew its lease"):
+            held.check()
+        down.clear()
+
+
+def test_errors_of_any_type_do_not_end_the_renewals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As botocore's, of credentials that could not be refreshed."""
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
+    output, tried = LocalStorage(tmp_path), []
+
+    def fail(*_: object) -> None:
+        tried.append(1)
+        raise RuntimeError("Credentials were refreshed, but the refreshed credentials are still expired.")
+
+    with Lease(output, KEY, "first") as held:
+        before = json.loads(output.read(KEY))["renewed"]
+        with monkeypatch.context() as patched:
+            patched.setattr(LocalStorage, "write_if", fail)
+            wait_for(lambda: len(tried) > 3)
+            patched.setattr(lease, "EXPIRE_SECONDS", 0.1)
+            time.sleep(0.2)
+            with pytest.raises(StorageError, match=r"could not renew its lease"):
+                held.check()
+        wait_for(lambda: json.loads(output.read(KEY))["renewed"] > before)
+        held.check()
+
+
+def test_a_driver_that_slept_keeps_what_nobody_took(output: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 1000)
+    with Lease(output, KEY, "first") as held:
+        monkeypatch.setattr(lease, "EXPIRE_SECONDS", 1.0)
+        time.sleep(1.1)
+        held.check()
+        time.sleep(1.1)
+        rewrite(output, run_id="thief")
+        with pytest.raises(StorageError, match=r"could not renew its lease"):
+            held.check()
+    assert json.loads(output.read(KEY))["run_id"] == "thief"
+
+
+def test_a_lease_that_another_took_is_not_given_back(output: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 1000)
+    with Lease(output, KEY, "first"):
+        rewrite(output, run_id="thief")
+    assert json.loads(output.read(KEY))["run_id"] == "thief"
 
 
 def test_the_lease_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> None:

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import hypothesis.strategies as st
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from restore_core import storage
 from restore_core.errors import StorageError, UsageError
 from restore_core.pipelines.listing import Listed, list_input
-from restore_core.storage import Object, listing, open_storage
+from restore_core.storage import LocalStorage, Object, listing, open_storage
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -158,6 +160,29 @@ def test_the_work_begins_before_the_listing_ends() -> None:
     found = list_input(Keys(keys()))  # type: ignore[arg-type]
     assert next(found.objects).key == "0000000.jpg"
     assert len(taken) == 1
+
+
+def test_folders_with_an_underscore_are_listed_and_not_waited_for() -> None:
+    taken = []
+
+    def keys() -> Iterator[str]:
+        for key in (*(f"_archive/{index:03d}.jpg" for index in range(100)), "_restore/run.json", "a.parquet"):
+            taken.append(key)
+            yield key
+
+    found = list_input(Keys(keys()))  # type: ignore[arg-type]
+    assert found.groups is None and len(taken) == 1
+    assert [item.key for item in found.objects] == [key for key in taken if key != "_restore/run.json"]
+    assert len(taken) == 102
+
+
+def test_a_photograph_among_parquet_is_listed(tmp_path: Path) -> None:
+    place = LocalStorage(tmp_path)
+    pq.write_table(pa.table({"image": [b"1"]}), tmp_path / "ok.parquet")
+    place.write("_pack/options.json", b"{}")
+    assert list_input(place).groups is not None
+    place.write("z/_scans/a.jpg", b"jpg")
+    assert [item.key for item in list_input(place).objects] == ["_pack/options.json", "ok.parquet", "z/_scans/a.jpg"]
 
 
 def test_an_input_of_nothing_is_refused() -> None:

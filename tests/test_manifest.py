@@ -291,10 +291,10 @@ def test_a_listing_is_held_against_a_ledger_in_many_files(data: hypothesis.strat
 def test_a_long_run_does_not_leave_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest.ledger, "SMALL_FILES", 8)
     ledger = Ledger(LocalStorage(tmp_path), "run")
-    for index in range(100):
+    for index in range(200):
         ledger.append([row(f"{index:03d}", at=index)])
-        assert len(files_of(tmp_path)) <= 8 + index // 8
-    assert ledger.merge() == 100 and len(files_of(tmp_path)) == 1
+        assert len(files_of(tmp_path)) <= 7 + 7 + index // 64
+    assert ledger.merge() == 200 and len(files_of(tmp_path)) == 1
 
 
 def test_outputs_that_no_row_names_any_more_are_known_until_the_merge(tmp_path: Path) -> None:

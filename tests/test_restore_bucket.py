@@ -30,7 +30,7 @@ from jobs import command_line, restore_bucket, verify_bucket
 from jobs.restore_bucket import RestoreBucket
 from restore_core import checkpoint, codec, manifest, sources, storage
 from restore_core.config import ResidualUNetConfig
-from restore_core.errors import UsageError
+from restore_core.errors import StorageError, UsageError
 from restore_core.manifest import Row
 from restore_core.model import build
 from restore_core.storage import LocalStorage, open_storage
@@ -777,6 +777,13 @@ def test_parquet_that_changes_while_it_is_read_fails_whole(tmp_path: Path, small
         pq.write_table(dataset_table(count), tmp_path / "in/a.parquet")
         assert outcome(0) == {("failed", "read", None)}
     assert outcome(1) == {("failed", "read", None)}
+
+    def without_credentials(self: LocalStorage) -> None:
+        raise StorageError(f"cannot use {self.uri}: Unable to locate credentials")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LocalStorage, "filesystem", without_credentials)
+        assert outcome(0) == {("failed", "read", None)}
     (tmp_path / "in/a.parquet").write_bytes((tmp_path / "in/a.parquet").read_bytes()[100:])
     assert outcome(0) == {("failed", "read", None)}
 
@@ -1094,6 +1101,15 @@ def test_parquet_that_cannot_be_used_is_refused(command: Callable[..., str], tmp
     refused(command(input=tmp_path / "colliding"), "its output a-00001.parquet is also that of a-00001.parquet")
     (tmp_path / "broken/a.parquet").write_bytes(b"PAR1 or not")
     refused(command(input=tmp_path / "broken"), f"--input {tmp_path}/broken/a.parquet", "not a readable Parquet file")
+
+
+def test_names_cannot_steer_the_terminal_nor_forge_lines(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a\x1b]0;mine\x07\nerror: b.parquet").write_bytes(b"not Parquet")
+    process = start("--input", tmp_path / "in", "--output", tmp_path / "out")
+    said = process.communicate()[1]
+    assert process.returncode == 2
+    assert "not a readable Parquet file" in said and "\x1b" not in said and "\nerror: b" not in said
 
 
 def test_a_refusal_as_a_process(tmp_path: Path) -> None:

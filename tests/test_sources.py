@@ -270,7 +270,7 @@ def store(place: Storage, key: str, table: pa.Table, **options: object) -> None:
 
 
 def test_parquet_files_are_found_sorted_without_our_own(place: Storage) -> None:
-    for key in ("b.parquet", "a/x.parquet", "_restore/manifest/1.parquet", "a/_pack/y.parquet", "readme.txt"):
+    for key in ("b.parquet", "a/x.parquet", "_restore/manifest/1.parquet", "a/_restore/y.parquet", "readme.txt"):
         place.write(key, b"")
     assert parquet_files(place, "--data") == ["a/x.parquet", "b.parquet"]
     with pytest.raises(UsageError) as caught:
@@ -414,6 +414,7 @@ def test_counting_does_not_read_the_images_where_there_is_a_split(place: Storage
         read_split(place, "--data", "train", 32, limit=1)
 
 
-def test_internal_folders_begin_with_an_underscore() -> None:
+def test_only_what_the_jobs_write_is_internal() -> None:
     assert sources.is_internal("_restore/run.json") and sources.is_internal("a/_pack/broken.csv")
     assert not sources.is_internal("a/_b.parquet") and not sources.is_internal("a_b/c.parquet")
+    assert not sources.is_internal("_scans/a.jpg") and not sources.is_internal("_pack/a.jpg")

@@ -275,6 +275,36 @@ def test_names_that_are_not_utf8_keep_their_bytes(folder: LocalStorage) -> None:
     assert (folder.root / "out" / name).read_bytes() == b"restored"
 
 
+def test_no_two_names_have_one_key_nor_two_keys_one_name(folder: LocalStorage) -> None:
+    names = ["é.jpg", "\uefc3\uefa9.jpg", "\uefe9.jpg", os.fsdecode(b"\xe9.jpg"), "\uef7f.jpg"]
+    for name in names:
+        try:
+            (folder.root / name).write_bytes(os.fsencode(name))
+        except OSError:
+            pytest.skip("this file system takes UTF-8 names only")
+    (folder.root / "\uef80").mkdir()
+    (folder.root / "\uef80/a.jpg").write_bytes("\uef80/a.jpg".encode())
+    listed = keys(folder)
+    assert len(listed) == len(set(listed)) == len(names) + 1 and listed == sorted(listed)
+    assert {folder.read(key) for key in listed} == {os.fsencode(name) for name in [*names, "\uef80/a.jpg"]}
+    copy = folder.child("copy")
+    for key in listed:
+        copy.write(key, folder.read(key))
+    assert keys(copy) == listed and all(copy.read(key) == folder.read(key) for key in listed)
+    # as it may come from S3, where any text is a key
+    for key in ("\uefc3\uefa9.jpg", "\uef80\uefc3\uefa9"):
+        assert "stands for a file name that is another key's" in fails("write", copy.write, key, b"x")
+    copy.write("\uef80.jpg", b"x")
+    assert "\uef80.jpg" in keys(copy)
+
+
+def test_links_that_lead_nowhere_are_no_files(folder: LocalStorage) -> None:
+    folder.write("a.jpg", b"x")
+    for name, target in (("loop", "loop"), ("through", "a.jpg/b"), ("gone", "nowhere")):
+        (folder.root / name).symlink_to(target)
+    assert keys(folder) == ["a.jpg"]
+
+
 def test_local_preflight_messages(folder: LocalStorage, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^--input .*/nowhere: no such file or folder; check the path$"):
         require_readable(open_storage(tmp_path / "nowhere"), "--input")
@@ -293,6 +323,10 @@ def test_denied_places_are_named(folder: LocalStorage) -> None:
         assert "shut.jpg" in fails("denied", folder.read, "shut.jpg")
         with pytest.raises(StorageError, match=r"cannot list .*/closed: Permission denied"):
             list(folder.list())
+        (folder.root / "open").mkdir()
+        (folder.root / "open/link.jpg").symlink_to(folder.root / "closed/a.jpg")
+        assert keys(folder.child("open")) == ["link.jpg"]
+        fails("denied", folder.child("open").read, "link.jpg")
         with pytest.raises(UsageError, match=r"^--output .*/closed/out: cannot write in .*/closed;"):
             require_writable(open_storage(folder.root / "closed" / "out"), "--output")
     finally:

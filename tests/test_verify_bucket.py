@@ -128,6 +128,8 @@ def test_parquet(tmp_path: Path, restore: Restore, keyed: bool) -> None:
     assert findings(tmp_path / "in", output, report) == {("changed", changed)}
     shard.write_bytes(shard.read_bytes()[:-9])
     assert len(findings(tmp_path / "in", output, report)) == 5
+    pq.write_table(pa.table({"words": ["no", "images"]}), shard)
+    assert {finding for finding, _ in findings(tmp_path / "in", output, report)} == {"changed"}
 
 
 def test_names_cannot_forge_lines(tmp_path: Path, restore: Restore, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,8 @@
 """Rows on disk or S3, in files that are each sorted by key, so that any number of them is read as one sorted stream.
 
-Rows are appended as small Parquet files while a run goes on (each written whole or not at all), a few of them are made
-one now and then, and all at the run's end. Where a key has several rows, the latest counts; so a crash between any two
-steps costs nothing.
+Rows are appended as small Parquet files while a run goes on (each written whole or not at all); now and then a few of
+them are made one, and of those again a few, and all at the run's end. Where a key has several rows, the latest counts;
+so a crash between any two steps costs nothing.
 """
 
 import re
@@ -17,12 +17,12 @@ from restore_core.errors import ItemError, StorageError
 from restore_core.manifest.rows import FOLDER, SCHEMA, Row, table_of
 from restore_core.storage import Object, Storage
 
-FILE_ROWS = 100_000
-"""Of a merged file; about 15 MB."""
+FILE_ROWS = 25_000
+"""Of a merged file; about 4 MB, which is held of each stream of them while many are read together."""
 GROUP_ROWS = 4096
-"""What is held of each file while many are read together."""
+"""Of them so many are held as rows."""
 SMALL_FILES = 64
-"""So many appended files are made one."""
+"""So many appended files are made one stream of files, and so many of those streams one."""
 _PART = re.compile(r"part-(\d+)-(.+)\.parquet")
 """Parts with the same second half follow each other, as the result of one merge."""
 
@@ -40,20 +40,18 @@ class Ledger:
         self._files = output.child(f"{FOLDER}/{folder}")
         self._run_id = run_id
         self._written = 0
-        self._small: set[str] = set()
+        self._streams: list[set[str]] = []
+        """Names of what this run has appended, of what that became, and so on; each time less than `SMALL_FILES`."""
 
     def append(self, rows: list[Row]) -> None:
         """Write rows down at once, as a file of their own. Raises StorageError."""
-        key = f"{self._run_id}-{self._next():06d}.parquet"
+        key = f"{self._generation()}.parquet"
         self._write(key, _latest(table_of(rows)))
-        self._small.add(key)
-        if len(self._small) == SMALL_FILES:
-            self._merge([[item] for item in self._files.list(self._run_id) if item.key in self._small])
-            self._small.clear()
+        self._count(key, 0)
 
     def rows(self, columns: Sequence[str] = SCHEMA.names) -> Iterator[pa.Table]:
         """The row that counts for each key, sorted by key, some thousands at a time. Raises StorageError."""
-        return self._rows(_streams(list(self._files.list())), columns)
+        return self._rows(self._found(), columns)
 
     def latest(self) -> pa.Table:
         """The same in one table, for a ledger that memory holds. Raises StorageError."""
@@ -62,20 +60,42 @@ class Ledger:
     def superseded(self) -> set[str]:
         """The output keys that only rows name which do not count any more. After a merge there are none."""
         ever, now = set(), set()
-        for window in self._windows(_streams(list(self._files.list())), ["key", "finished_at", "output_key"]):
+        for window in self._windows(self._found(), ["key", "finished_at", "output_key"]):
             ever.update(window["output_key"].to_pylist())
             now.update(_latest(window)["output_key"].to_pylist())
         return ever - now - {None}
 
     def merge(self) -> int:
         """Make exactly one row a key, in few files. Returns their number. Interrupted anywhere, nothing is lost."""
-        self._small.clear()
-        return self._merge(_streams(list(self._files.list())))
+        self._streams.clear()
+        return self._merge(self._found(), self._generation())
 
     def clear(self) -> None:
         """Delete all rows. Raises ItemError."""
         for item in list(self._files.list()):
             self._files.delete(item.key)
+
+    def _count(self, stream: str, level: int) -> None:
+        """Of many streams of a level make one of the next, so that never too many are read together."""
+        if level == len(self._streams):
+            self._streams.append(set())
+        names = self._streams[level]
+        names.add(stream)
+        if len(names) == SMALL_FILES:
+            generation = self._generation()
+            self._merge([items for items in self._found() if _stream(items[0]) in names], generation)
+            names.clear()
+            self._count(generation, level + 1)
+
+    def _found(self) -> list[list[Object]]:
+        """Files that follow each other in the order of their rows, as streams."""
+        streams: dict[str, list[Object]] = defaultdict(list)
+        for item in self._files.list():
+            streams[_stream(item)].append(item)
+        return list(streams.values())
+
+    def _generation(self) -> str:
+        return f"{self._run_id}-{self._next():06d}"
 
     def _next(self) -> int:
         self._written += 1
@@ -89,8 +109,7 @@ class Ledger:
     def _windows(self, streams: list[list[Object]], columns: list[str]) -> Iterator[pa.Table]:
         return _windows([self._read(stream, columns) for stream in streams])
 
-    def _merge(self, streams: list[list[Object]]) -> int:
-        generation = f"{self._run_id}-{self._next():06d}"
+    def _merge(self, streams: list[list[Object]], generation: str) -> int:
         waiting, total, parts = SCHEMA.empty_table(), 0, 0
 
         def write(table: pa.Table) -> None:
@@ -131,13 +150,10 @@ class Ledger:
             raise StorageError(f"the ledger cannot be written: {error.message}") from error
 
 
-def _streams(items: list[Object]) -> list[list[Object]]:
-    """Files that follow each other in the order of their rows."""
-    merged: dict[str, list[Object]] = defaultdict(list)
-    for item in items:
-        part = _PART.fullmatch(item.key)
-        merged[part[2] if part else item.key].append(item)
-    return list(merged.values())
+def _stream(item: Object) -> str:
+    """The name that the files of one stream have in common."""
+    part = _PART.fullmatch(item.key)
+    return part[2] if part else item.key
 
 
 def _windows(streams: list[Iterator[pa.Table]]) -> Iterator[pa.Table]:

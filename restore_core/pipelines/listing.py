@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 16 * 2**20
 """Encoded bytes that go to an actor at once: about 300 MB of pixels for JPEG."""
-NOTED_OBJECTS = 100_000
+NOTED_OBJECTS = 25_000
 """So many are listed before they are noted down together."""
 
 

@@ -22,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 ROW_GROUP_ROWS = 256
 SHARD_ROWS = 2048
-OPTIONS_FILE = "_pack/options.json"
-BROKEN_FILE = "_pack/broken.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +101,8 @@ def pack(inputs: list[Storage], output: Storage, splits: Splits, options: dict[s
     _remove_older_shards(output, shards)
     table = io.StringIO()
     csv.writer(table).writerows([("key", "error", "message"), *result.broken])
-    output.write(BROKEN_FILE, table.getvalue().encode("utf-8", "backslashreplace"))
-    output.write(OPTIONS_FILE, json.dumps(options, indent=2).encode())
+    output.write(sources.BROKEN_FILE, table.getvalue().encode("utf-8", "backslashreplace"))
+    output.write(sources.OPTIONS_FILE, json.dumps(options, indent=2).encode())
     return result
 
 

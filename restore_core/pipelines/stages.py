@@ -25,7 +25,7 @@ from restore_core.config import KINDS, Kind, Precision
 from restore_core.errors import ErrorClass, ItemError
 from restore_core.inference import Restored, Restorer, release_memory
 from restore_core.manifest import Row
-from restore_core.storage import Object, Storage
+from restore_core.storage import Object, Storage, one_line
 
 Pixels = npt.NDArray[np.uint8]
 Argument = TypeVar("Argument")
@@ -324,7 +324,7 @@ def restore_row_group(
                 shard.write(part, column, _restore_part(some, cells, output_key, run, restorer, pool, codecs))
                 done += len(part)
             if done != len(rows):
-                raise ItemError("read", f"{file_key} has changed since it was listed; run again")
+                raise ItemError("read", one_line(f"{file_key} has changed since it was listed; run again"))
     except ItemError as error:
         for row in rows:
             row.fail(error.error, error.message)
@@ -335,8 +335,8 @@ def restore_row_group(
 
 def _parts(input: Storage, file: str, group: int, batch: int) -> Generator[pa.Table, None, None]:
     """The rows of a row group, `batch` at a time at most. Raises ItemError."""
-    filesystem, root = input.filesystem()
     try:
+        filesystem, root = input.filesystem()
         with filesystem.open_input_file(f"{root}/{file}") as handle:
             parquet = pq.ParquetFile(handle, pre_buffer=False, buffer_size=READ_BYTES)
             if group < parquet.num_row_groups:
@@ -344,8 +344,7 @@ def _parts(input: Storage, file: str, group: int, batch: int) -> Generator[pa.Ta
                     yield pa.table(part).replace_schema_metadata(parquet.schema_arrow.metadata)
     except (OSError, pa.ArrowException) as error:
         kind: ErrorClass = "vanished" if isinstance(error, FileNotFoundError) else "read"
-        reason = " ".join(str(error).split())[:500]
-        raise ItemError(kind, f"cannot read row group {group} of {file}: {reason}") from error
+        raise ItemError(kind, one_line(f"cannot read row group {group} of {file}: {error}")) from error
 
 
 def _restore_part(

@@ -15,7 +15,7 @@ import ray
 import ray.data
 
 from restore_core import manifest, sources
-from restore_core.errors import ItemError
+from restore_core.errors import ItemError, UsageError
 from restore_core.manifest import Ledger, Sorted
 from restore_core.pipelines import cluster
 from restore_core.pipelines.listing import list_input
@@ -163,7 +163,7 @@ def _check_file(rows: list[dict[str, str]], output: Storage) -> list[dict[str, s
     except ItemError as error:
         finding = "missing" if error.error == "vanished" else "unreadable"
         return [{"finding": finding, "key": row["key"]} for row in rows]
-    except (OSError, pa.ArrowException):  # no longer a Parquet file
+    except (OSError, pa.ArrowException, UsageError):  # no longer a Parquet file of images
         images = []
     there = Counter(hashlib.sha256(image).hexdigest() for image in images)
     expected = Counter(row["output_sha256"] for row in rows)

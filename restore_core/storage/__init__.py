@@ -17,8 +17,8 @@ from restore_core.storage.local import LocalStorage, key_of
 from restore_core.storage.s3 import S3Storage, is_s3_object
 
 __all__ = [
-    "LocalStorage", "Object", "S3Storage", "Storage", "key_of", "open_storage", "overlaps", "require_readable",
-    "require_writable", "with_put_options",
+    "LocalStorage", "Object", "S3Storage", "Storage", "key_of", "one_line", "open_storage", "overlaps",
+    "require_readable", "require_writable", "with_put_options",
 ]  # fmt: skip
 
 

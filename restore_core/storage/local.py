@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 # Names that are not UTF-8 (old archives, Latin-1) reach Python as lone surrogates, which Arrow and S3 refuse. In keys
-# such a byte 0x80..0xFF is the private-use character U+EF80..U+EFFF, and it becomes the same byte again on disk.
-_TO_KEY = {0xDC00 + byte: 0xEF00 + byte for byte in range(0x80, 0x100)}
-_FROM_KEY = {char: surrogate for surrogate, char in _TO_KEY.items()}
+# such a byte 0x80..0xFF is the private-use character U+EF80..U+EFFF, and it becomes the same byte again on disk. A name
+# that holds such a character itself has its three bytes in that form, so that no two names have the same key.
+_FROM_KEY = {0xEF00 + byte: 0xDC00 + byte for byte in range(0x80, 0x100)}
+_TO_KEY = {surrogate: chr(char) for char, surrogate in _FROM_KEY.items()}
+_TO_KEY |= {char: "".join(chr(0xEF00 + byte) for byte in chr(char).encode()) for char in _FROM_KEY}
 
 VERSION_TRIES = 5
 """Of reading a file that is written to meanwhile."""
@@ -55,7 +57,12 @@ class LocalStorage:
             except FileNotFoundError:  # deleted since its folder was listed, or a link that leads nowhere
                 continue
             except OSError as error:
-                raise StorageError(one_line(f"cannot list {self.join(key)}: {error.strerror}")) from error
+                if error.errno in (errno.ELOOP, errno.ENOTDIR):  # a link that leads nowhere, too
+                    continue
+                if not (isinstance(error, PermissionError) and Path(path).is_symlink()):
+                    raise StorageError(one_line(f"cannot list {self.join(key)}: {error.strerror}")) from error
+                yield Object(key, 0, _etag(os.lstat(path)))  # reading it says what is wrong
+                continue
             if S_ISREG(stat.st_mode):
                 yield Object(key, stat.st_size, _etag(stat))
 
@@ -190,6 +197,10 @@ class LocalStorage:
             reason = 'has an empty, "." or ".." component'
         elif any(0xD800 <= ord(char) < 0xE000 for char in key):
             reason = "is not valid Unicode"
+        elif any(
+            key_of(os.fsdecode(os.fsencode(name))) != part for name, part in zip(parts, key.split("/"), strict=True)
+        ):
+            reason = "stands for a file name that is another key's"
         elif any(len(os.fsencode(part)) > 255 for part in parts):
             reason = "has a component longer than 255 bytes"
         elif _TEMPORARY.fullmatch(parts[-1]):

@@ -253,9 +253,10 @@ def restore(
     if options.workers is not None or options.device == "cuda":
         _actors(options)
     with Lease(output, LEASE_FILE, run_id) as lease:
-        listed.begin()
+        if options.keys is None:  # else nothing was listed that what an earlier run has noted would stand for
+            listed.begin()
         summary = _restore(input, listing, output, model, options, command, run_id, lease)
-        if not summary.stopped:
+        if not summary.stopped and options.keys is None:
             listed.clear()
         return summary
 

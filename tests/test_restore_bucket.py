@@ -33,6 +33,7 @@ from restore_core.config import ResidualUNetConfig
 from restore_core.errors import StorageError, UsageError
 from restore_core.manifest import Row
 from restore_core.model import build
+from restore_core.pipelines.listing import Listed
 from restore_core.storage import LocalStorage, open_storage
 
 if TYPE_CHECKING:
@@ -470,7 +471,10 @@ def test_only_the_listed_keys_are_restored(tmp_path: Path, run: Run, tree: tuple
     names = ["a/face.jpg", "light \U0001f4a1.jpg", "gone.jpg", "../outside.jpg", "a/face.jpg"]
     (tmp_path / "list").write_text("\n".join(names))
     output = tmp_path / "out"
+    noted = Listed(LocalStorage(tree[0]), LocalStorage(output), "interrupted", resume=True)._ledger
+    noted.append([Row(key="a", size=1, etag="e", model="", options="", run_id="interrupted")])
     assert run(tree[0], output, keys=str(tmp_path / "list")) == 0
+    assert len(noted.latest()) == 1
     rows = assert_closed(output, set(names))
     assert {key: row.error for key, row in rows.items() if row.error} == {
         "gone.jpg": "vanished", "../outside.jpg": "read",
@@ -479,6 +483,7 @@ def test_only_the_listed_keys_are_restored(tmp_path: Path, run: Run, tree: tuple
     listed = {"input": str(tree[0]), "output": str(output), "keys": str(tmp_path / "list")}
     assert verify_bucket.main(verify_bucket.VerifyBucket(**listed)) == 0
     assert run(tree[0], output, max_megapixels=0.1) == 0  # now the others
+    assert len(noted.latest()) == 0
     rows = ledger_of(output)
     assert rows["a/face.jpg"].attempt == 1 and rows.keys() == {*TREE, *names}
     assert json.loads((output / "_restore/run.json").read_text())["listed"] == len(TREE)

@@ -141,6 +141,8 @@ def write_first_ifd(tiff: bytearray, entries: Iterable[Entry], following: int) -
 # --- Pages -----------------------------------------------------------------------------------------------------------
 
 _MAX_PAGES = 10_000
+_MOST_COPIED = 8
+"""Pages may share an ICC profile, say; this many times the file's size they may have together."""
 _PIXEL_PLACES = ((273, 279), (324, 325))
 """Tags of where strips or tiles are, and of their sizes in bytes."""
 _OLD_JPEG = (513, 519, 520, 521)
@@ -153,6 +155,7 @@ def pages(tiff: bytes) -> list[bytes]:
     Raises ValueError, struct.error.
     """
     found: list[bytes] = []
+    copied = 0
     seen: set[int] = set()
     at = first_ifd(tiff)
     while at:
@@ -162,6 +165,9 @@ def pages(tiff: bytes) -> list[bytes]:
         page = bytearray(tiff[:4] + bytes(4))
         struct.pack_into(_order(tiff) + "I", page, 4, _copy_page(tiff, at, page))
         found.append(bytes(page))
+        copied += len(page)
+        if copied > _MOST_COPIED * len(tiff) + 2**20:
+            raise ValueError("its pages share so much that apart they would be many times as large")
         _, at = read_ifd(tiff, at)
     return found
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from photos import png_of
@@ -384,6 +385,30 @@ def test_metadata_goes_without_a_change_to_the_pixels(name: str, options: dict[s
     assert b"GPS" not in after and b"Ann at home" not in after
 
 
+def segment(marker: int, body: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body
+
+
+def test_a_jpeg_keeps_no_text_whatever_it_begins_with() -> None:
+    texts = [(0xFE, b"Adobe: Ann at home"), (0xED, b"Adobe_Photoshop2.5:8BIM Ann"), (0xE1, b"Adobe_CM Ann"),
+             (0xE0, b"JFXX\0\x13 Ann"), (0xE2, b"Adobe Ann"), (0xEE, b"ICC_PROFILE\0 Ann")]  # fmt: skip
+    plain = image_of("JPEG", "RGB", 64, 64, icc_profile=ICC)
+    assert plain[2:4] == b"\xff\xe0"
+    small = random_pixels(16, 20, 3).tobytes()
+    jfif = segment(0xE0, plain[6:18] + bytes([20, 16]) + small)
+    source = plain[:2] + jfif + b"".join(segment(*text) for text in texts) + plain[20:]
+    assert without_metadata(source, picture=decode(source)) == plain
+    after = restored(source, strip_metadata=True)
+    assert b"Ann" not in after and small not in after
+
+
+def test_all_comments_of_a_jpeg_are_kept() -> None:
+    plain = image_of("JPEG", "RGB")
+    source = plain[:20] + segment(0xFE, b"one") + segment(0xFE, b"two") + plain[20:]
+    after = restored(source)
+    assert segment(0xFE, b"one") + segment(0xFE, b"two") in after and after.count(b"\xff\xfe") == 2
+
+
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}], ids=str)
 def test_nothing_follows_a_jpeg_without_metadata(options: dict[str, object]) -> None:
     """Other pictures (MPO) and what cameras append have metadata of their own."""
@@ -647,6 +672,34 @@ def test_tiff_of_every_orientation_is_shown_the_same_way_up(orientation: int) ->
     picture = decode(source)
     assert np.array_equal(picture.pixels, smooth_pixels(11, 7))
     assert np.array_equal(np.asarray(opened(restored(source, picture.pixels))), np.asarray(opened(source)))
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_tiff_whose_xmp_alone_says_how_it_is_turned_stays_as_it_is_stored(orientation: int) -> None:
+    xmp = (
+        f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'
+    ).encode()
+    pixels = smooth_pixels(20, 30)
+    file = io.BytesIO()
+    tifffile.imwrite(file, pixels, photometric="rgb", metadata=None, extratags=[(700, 1, len(xmp), xmp, True)])
+    source = file.getvalue()
+    picture = decode(source)
+    assert np.array_equal(picture.pixels, pixels) and (picture.width, picture.height) == (30, 20)
+    after = restored(source, pixels)
+    assert np.array_equal(tifffile.imread(io.BytesIO(after)), pixels) and xmp in after
+
+
+def test_a_16_bit_tiff_where_0_is_white_is_refused() -> None:
+    deep = np.arange(6 * 8, dtype=np.uint16).reshape(6, 8) * 999
+    file = io.BytesIO()
+    tifffile.imwrite(file, deep, photometric="miniswhite", metadata=None)
+    assert "where 0 is white" in failing(file.getvalue(), "unsupported")
+    shallow = io.BytesIO()
+    tifffile.imwrite(shallow, (deep >> 8).astype(np.uint8), photometric="miniswhite", metadata=None)
+    picture = decode(shallow.getvalue())
+    assert np.array_equal(picture.pixels[:, :, 0], 255 - (deep >> 8))
+    again = decode(restored(shallow.getvalue(), picture.pixels))
+    assert np.array_equal(again.pixels, picture.pixels)
 
 
 def test_what_pillow_cannot_write_is_an_encode_error() -> None:

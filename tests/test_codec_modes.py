@@ -53,12 +53,12 @@ def chunks_of(png: bytes) -> list[tuple[bytes, bytes]]:
     return found
 
 
-def changed(source: bytes, colour: tuple[int, int, int] = (200, 120, 40)) -> bytes:
+def changed(source: bytes, colour: tuple[int, int, int] = (200, 120, 40), *, strip_metadata: bool = False) -> bytes:
     """The file with `AREA` in another colour."""
     picture = decode(source)
     pixels = picture.pixels.copy()
     pixels[AREA] = colour
-    return encode(pixels, source, picture=picture, software=SOFTWARE)
+    return encode(pixels, source, picture=picture, software=SOFTWARE, strip_metadata=strip_metadata)
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> int:
@@ -568,6 +568,51 @@ def test_jpeg_2000_with_loss_loses_nothing_that_is_seen() -> None:
     after = decode(encode(picture.pixels, source, picture=picture, software=SOFTWARE))
     assert np.abs(after.pixels.astype(int) - picture.pixels).mean() < 0.7
     assert difference(after.pixels, picture.pixels) <= 4
+
+
+@pytest.mark.parametrize("colours", [(12, 13), (9, 16)], ids=["Display P3", "BT.2020 PQ"])
+def test_avif_keeps_what_its_numbers_mean(colours: tuple[int, int]) -> None:
+    plain = saved(Image.fromarray(smooth()), "AVIF", quality=95)
+    assert plain.count(b"colrnclx\0\1\0\x0d") == 1
+    meaning = b"colrnclx" + struct.pack(">HH", *colours)
+    source = plain.replace(b"colrnclx\0\1\0\x0d", meaning)
+    after = changed(source)
+    assert after.count(meaning) == after.count(b"colrnclx") == 1
+    assert difference(decode(after).pixels[REST], decode(source).pixels[REST]) <= 14
+
+
+def test_metadata_of_jpeg_2000_is_taken_out_wherever_it_is() -> None:
+    plain = saved(Image.fromarray(smooth()), "JPEG2000", comment="Ann at home")
+    at = plain.index(b"jp2c") - 4
+    xml = struct.pack(">I4s", 8 + 8, b"xml ") + b"Ann lat="
+    boxes = [(b"asoc", xml), (b"jumb", b"Ann"), (b"free", b"Ann"), (b"uuid", bytes(16) + b"Ann")]
+    source = plain[:at] + b"".join(struct.pack(">I4s", 8 + len(body), kind) + body for kind, body in boxes) + plain[at:]
+    picture = decode(source)
+    for after in (without_metadata(source, picture=picture), changed(source, strip_metadata=True)):
+        assert b"Ann" not in after
+        assert np.array_equal(decode(after).pixels[REST], picture.pixels[REST])
+    stream = plain[plain.index(b"jp2c") + 4 :]
+    bare = without_metadata(stream, picture=decode(stream))
+    assert b"Ann" not in bare and np.array_equal(decode(bare).pixels, picture.pixels)
+
+
+def test_a_gif_keeps_its_profile_and_its_xmp() -> None:
+    def extension(name: bytes, body: bytes) -> bytes:
+        return b"\x21\xff\x0b" + name + body + b"\0"
+
+    plain = saved(Image.fromarray(smooth()).quantize(64), "GIF", comment=b"Ann at home")
+    profile = extension(b"ICCRGBG1012", bytes([200]) + bytes(range(200)))
+    trailer = b"\1" + bytes(range(255, -1, -1))
+    xmp = extension(b"XMP DataXMP", b"<x:xmpmeta>Ann</x:xmpmeta>" + trailer)
+    colours = 13 + 3 * 2 ** ((plain[10] & 7) + 1)
+    source = plain[:colours] + profile + xmp + plain[colours:]
+    picture = decode(source)
+    after = changed(source)
+    assert profile in after and xmp in after and b"Ann at home" in after
+    for bare in (changed(source, strip_metadata=True), without_metadata(source, picture=picture)):
+        assert profile in bare and b"Ann" not in bare
+        assert decode(bare).pixels.shape == picture.pixels.shape
+    assert np.array_equal(decode(without_metadata(source, picture=picture)).pixels, picture.pixels)
 
 
 def test_jpeg_2000_keeps_the_boxes_around_its_pixels() -> None:

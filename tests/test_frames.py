@@ -2,6 +2,7 @@
 
 import io
 import re
+import struct
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from test_codec_modes import ICC, SOFTWARE, difference, smooth
 
-from restore_core.codec import Processes, decode, encode, join
+from restore_core.codec import Processes, decode, encode, join, without_metadata
 from restore_core.codec.decoding import decode_frames
 from restore_core.errors import ItemError
 
@@ -173,6 +174,47 @@ def test_the_first_picture_alone() -> None:
     picture = decode(mpo, frames="first")
     assert (picture.format, picture.left_out) == ("MPO", 2)
     assert Image.open(io.BytesIO(encode(picture.pixels, mpo, picture=picture, software=SOFTWARE))).format == "JPEG"
+
+
+@pytest.mark.parametrize("name", ["GIF", "WEBP", "WEBP lossy"])
+def test_an_undamaged_animation_without_metadata_plays_as_before(name: str) -> None:
+    source, _ = ANIMATED[name]
+    picture = decode(source, frames="first")
+    bare = without_metadata(source, picture=picture)
+    assert b"Ann" not in bare
+    assert np.array_equal(frames_of(bare), frames_of(source)) and durations_of(bare) == durations_of(source)
+    assert Image.open(io.BytesIO(bare)).info["loop"] == Image.open(io.BytesIO(source)).info["loop"] == 3
+
+
+def test_a_webp_of_a_single_frame_of_an_animation_keeps_it() -> None:
+    still = io.BytesIO()
+    Image.fromarray(smooth()).save(still, "WEBP", quality=90)
+    height, width, _ = smooth().shape
+    sides = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    frame = bytes(6) + sides + bytes(4) + still.getvalue()[12:]
+    chunks = [(b"VP8X", b"\2\0\0\0" + sides), (b"ANIM", bytes(6)), (b"ANMF", frame)]
+    body = b"WEBP" + b"".join(kind + len(data).to_bytes(4, "little") + data for kind, data in chunks)
+    source = b"RIFF" + len(body).to_bytes(4, "little") + body
+    picture = decode(source)
+    bare = without_metadata(source, picture=picture)
+    assert np.array_equal(decode(bare).pixels, picture.pixels)
+    with pytest.raises(ItemError, match="no pixels found"):
+        without_metadata(source.replace(b"ANMF", b"FMNA"), picture=picture)
+
+
+def test_pages_that_share_their_pixels_do_not_unfold_without_end() -> None:
+    block, count = bytes(2**18), 200
+    at = 8 + len(block)
+    tiff = bytearray(b"II*\0" + struct.pack("<I", at) + block)
+    for index in range(count):
+        tags = [(256, 3, 1), (257, 3, 1), (258, 3, 8), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1), (278, 3, 1),
+                (279, 4, len(block))]  # fmt: skip
+        following = 0 if index == count - 1 else len(tiff) + 2 + 12 * len(tags) + 4
+        tiff += struct.pack("<H", len(tags))
+        tiff += b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+        tiff += struct.pack("<I", following)
+    with pytest.raises(ItemError, match="share so much"):
+        decode_frames(bytes(tiff), max_pixels=10**6, frames="all")
 
 
 def test_what_cannot_be_taken_apart_is_refused_by_name() -> None:

@@ -3,11 +3,13 @@
 The structure is that of ISO/IEC 14496-12 (boxes) and 23008-12 (items, sections 8.11.3 and 8.11.6 of the former).
 """
 
+import re
 import struct
 from collections.abc import Iterator
 
 _CONTAINERS = (b"moov", b"trak", b"udta")
 _METADATA = (b"Exif", b"mime")
+_NCLX = re.compile(rb"colrnclx(.{4})", re.DOTALL)
 _IGNORED = b"skip"
 """An item type that no reader knows, and therefore passes over."""
 
@@ -44,6 +46,23 @@ def without_metadata(source: bytes, exif: bytes) -> bytes:
     if exif and not (written or b"irot" in source or b"imir" in source):  # which turn it without EXIF
         raise ValueError("there is no place for its orientation")
     return bytes(file)
+
+
+def with_colours_of(source: bytes, new: bytes) -> bytes:
+    """The new file with the source's colour primaries and transfer function (nclx, ISO/IEC 23091-2), which Pillow sets
+    to those of sRGB whatever the numbers mean."""
+    found = _colours(source)
+    if found is None:
+        return new
+    file = bytearray(new)
+    for match in _NCLX.finditer(new, 0, new.find(b"mdat")):
+        file[match.start(1) : match.end(1)] = found
+    return bytes(file)
+
+
+def _colours(source: bytes) -> bytes | None:
+    match = _NCLX.search(source)
+    return None if match is None else match[1]
 
 
 def _boxes(source: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:

@@ -134,6 +134,8 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, frames: Frames 
             if native is None and image.format == "PNG":  # the key is of as few bits as the file's values
                 values = colour.steps_of(pixels, png.depth_and_colour(data)[0])
             alpha = np.where((values == np.asarray(key)).all(axis=2), 0, 255).astype(np.uint8)
+    if pixels.shape != (height, width, 3):
+        raise ItemError("decode", f"its header says {width} x {height} pixels, and it has {pixels.shape[:2][::-1]}")
     return Picture(
         pixels=pixels,
         format=image.format or "",
@@ -167,6 +169,8 @@ def _weighed(image: ImageFile.ImageFile, data: bytes) -> int:
 def as_stored(image: ImageFile.ImageFile) -> Image.Image:
     """The pixels as they are stored: Pillow turns TIFF upright."""
     undo = _UNDO_TRANSPOSE.get(_tiff_orientation(image) or 1)
+    if undo is None and isinstance(image, TiffImageFile):
+        image.info.pop("xmp", None)  # where Pillow would look for an orientation next, and turn it by that
     image.load()
     return image if undo is None else image.transpose(undo)
 
@@ -364,6 +368,8 @@ def _unsupported_tiff(image: TiffImageFile, data: bytes) -> str | None:
         return f"TIFF that is not of 8-bit or 16-bit unsigned numbers; {convert}"
     if tags.get(277, 1) != len(image.getbands()) or 1 in _as_tuple(tags.get(338, ())):
         return f"TIFF with extra channels or premultiplied alpha; {convert}"
+    if deep and tags.get(262) == 0:  # Pillow inverts those of 8 bits, and not these
+        return f"TIFF of 16 bits where 0 is white; {convert}"
     if deep and tags.get(284, 1) != 1 and len(image.getbands()) > 1:
         return f"TIFF of 16 bits with its channels apart; {convert}"
     for tag, what in ((330, "sub-images (camera raw or pyramid)"), (50706, "DNG"), (37724, "Photoshop layers")):

@@ -14,7 +14,7 @@ from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 from PIL.TiffImagePlugin import TiffImageFile
 
 from restore_core import exif
-from restore_core.codec import avif, bmp, colour, jpeg2000, png
+from restore_core.codec import avif, bmp, colour, gif, jpeg2000, png
 from restore_core.codec.colour import Native, Pixels
 from restore_core.codec.decoding import (
     BROKEN_FILE,
@@ -58,9 +58,11 @@ def encode(pixels: Pixels, source: bytes, *, picture: Picture, software: str, st
                 return _encode_webp(pixels, picture, original, source, block, strip_metadata)
             case "AVIF":
                 image = _image(pixels, picture)
-                return _saved(image, "AVIF", **_avif_options(image, original, block, strip_metadata))
+                new = _saved(image, "AVIF", **_avif_options(image, original, block, strip_metadata))
+                return avif.with_colours_of(source, new)
             case "GIF":
-                return _encode_gif(pixels, picture, original, strip_metadata)
+                new = _encode_gif(pixels, picture, original, strip_metadata)
+                return gif.with_applications_of(source, new, strip_metadata=strip_metadata)
             case "JPEG2000":
                 return _encode_jpeg2000(_image(pixels, picture), source, strip_metadata)
         if picture.mode == "P":
@@ -115,7 +117,7 @@ def without_metadata(source: bytes, *, picture: Picture) -> bytes:
         case "PNG":
             return _strip_png(source, block)
         case "GIF":
-            return _strip_gif(source)
+            return gif.without_metadata(source)
         case "JPEG2000":
             return jpeg2000.with_codestream(source, jpeg2000.codestream(source), strip_metadata=True)
         case "AVIF":
@@ -176,12 +178,14 @@ def _animation(
     match original.format:
         case "GIF":
             frames = [_gif_frame(image) for image in images]
-            return _saved_frames(frames, "GIF", options | _gif_comment(original, strip))
+            new = _saved_frames(frames, "GIF", options | _gif_comment(original, strip))
+            return gif.with_applications_of(source, new, strip_metadata=strip)
         case "PNG":
             new = _saved_frames(images, "PNG", options | {"compress_level": 1})
             return _png_like(source, list(png.chunks(new)), [], block, strip)
         case "AVIF":
-            return _saved_frames(images, "AVIF", options | _avif_options(images[0], original, block, strip))
+            new = _saved_frames(images, "AVIF", options | _avif_options(images[0], original, block, strip))
+            return avif.with_colours_of(source, new)
     return _saved_frames(images, "WEBP", options | _webp_options(original, source, block, strip))
 
 
@@ -228,8 +232,12 @@ def _strip_jpeg(source: bytes, block: bytes) -> bytes:
         if source[at + 1] == 0xDA:  # start of scan: coded pixels follow, up to the next marker
             marker = _JPEG_MARKER.search(source, end)
             end = marker.start() if marker else len(source)
-        is_application = 0xE0 <= source[at + 1] <= 0xEF
-        if not (is_application or source[at + 1] == 0xFE) or body.startswith((b"JFIF\0", b"ICC_PROFILE\0", b"Adobe")):
+        marker_code = source[at + 1]
+        if marker_code == 0xE0 and body.startswith(b"JFIF\0") and len(body) >= 14:
+            kept.append(b"\xff\xe0\0\x10" + body[:12] + b"\0\0")  # without the thumbnail
+        elif not (0xE0 <= marker_code <= 0xEF or marker_code == 0xFE) or body.startswith(
+            _JPEG_COLOUR.get(marker_code, b"-")
+        ):
             kept.append(source[at:end])
         at = end
     if block:
@@ -244,9 +252,11 @@ def _strip_webp(source: bytes, block: bytes) -> bytes:
         chunk = bytearray(source[at:end])
         if chunk[:4] == b"VP8X":
             chunk[8] = chunk[8] & ~0x0C | (0x08 if block else 0)  # flags: no XMP, EXIF as it will be
-        if bytes(chunk[:4]) in (b"VP8X", b"ICCP", b"ALPH", b"VP8 ", b"VP8L"):
+        if bytes(chunk[:4]) in (b"VP8X", b"ICCP", b"ALPH", b"ANIM", *_WEBP_PIXELS):
             chunks.append(bytes(chunk))
         at = end
+    if not any(chunk.startswith(_WEBP_PIXELS) for chunk in chunks):
+        raise ItemError("encode", "the metadata of this WEBP cannot be taken out (no pixels found); convert it first")
     if block:
         chunks.append(b"EXIF" + struct.pack("<I", len(block)) + block + bytes(len(block) % 2))
     body = b"WEBP" + b"".join(chunks)
@@ -277,7 +287,7 @@ def _encode_jpeg(image: Image.Image, original: JpegImageFile, block: bytes, stri
     info = original.info
     tables = [original.quantization[layer[3]] for layer in original.layer]  # one for each component
     sampling = get_sampling(original)
-    options: dict[str, object] = {"xmp": info.get("xmp"), "comment": info.get("comment"), "extra": _segments(original)}
+    options: dict[str, object] = {"xmp": info.get("xmp"), "extra": _segments(original)}
     if image.mode == "CMYK":  # Pillow writes the inks as they are, not YCCK, and one table for all: the finest
         tables, sampling = [[min(steps) for steps in zip(*tables, strict=True)]], 0
     if len(block) > 65_527:  # it fitted before the note was added; JPEG segments end at 64 KiB
@@ -306,15 +316,12 @@ def _with_jpeg_density(jpeg: bytes, info: dict[str | tuple[int, int], Any]) -> b
 
 
 def _segments(original: JpegImageFile) -> bytes:
-    """Return the segments that Pillow does not carry: IPTC captions (APP13) and the rest of a long XMP (APP1)."""
-    kept = [
-        (name, segment)
-        for name, segment in original.applist
-        if name == "APP13" or (name == "APP1" and segment.startswith(b"http://ns.adobe.com/xmp/extension/\0"))
-    ]
+    """Return the segments that Pillow does not carry: IPTC captions (APP13), the rest of a long XMP (APP1) and all the
+    comments."""
     return b"".join(
-        struct.pack(">BBH", 0xFF, 0xE0 + int(name.removeprefix("APP")), len(segment) + 2) + segment
-        for name, segment in kept
+        struct.pack(">BBH", 0xFF, _JPEG_TEXTS[name], len(segment) + 2) + segment
+        for name, segment in original.applist
+        if name in _JPEG_TEXTS and (name != "APP1" or segment.startswith(b"http://ns.adobe.com/xmp/extension/\0"))
     )
 
 
@@ -481,7 +488,11 @@ def _strip_png(source: bytes, block: bytes) -> bytes:
 
 _PNG_COLOURS = {2: 3, 4: 5, 8: 17}
 """By bits a pixel: fewer fit into less."""
+_WEBP_PIXELS = (b"VP8 ", b"VP8L", b"ANMF")
 _JPEG_END = b"\xff\xd9"
+_JPEG_COLOUR = {0xE2: b"ICC_PROFILE\0", 0xEE: b"Adobe"}
+"""Segments that say what the numbers mean."""
+_JPEG_TEXTS = {"APP1": 0xE1, "APP13": 0xED, "COM": 0xFE}
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 """That is no part of coded pixels (escaped bytes, restarts)."""
 _TIFF_LOSSLESS = ("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "lzma", "zstd")
@@ -587,24 +598,6 @@ def _with_gif_palette(pixels: Pixels, alpha: Pixels | None, own: Image.Image | N
 
 def _gif_comment(original: ImageFile.ImageFile, strip: bool) -> dict[str, object]:
     return {"comment": original.info["comment"]} if not strip and "comment" in original.info else {}
-
-
-def _strip_gif(source: bytes) -> bytes:
-    """Without comments and texts of applications (XMP); a GIF89a, 18 to 23."""
-    at = 13 + (3 * 2 ** ((source[10] & 7) + 1) if source[10] & 0x80 else 0)
-    kept = [source[:at]]
-    while at < len(source) and source[at] in (0x21, 0x2C):
-        start = at
-        if source[at] == 0x2C:  # an image: its descriptor, colours and first code size
-            at += 10 + (3 * 2 ** ((source[at + 9] & 7) + 1) if source[at + 9] & 0x80 else 0) + 1
-        else:
-            at += 2
-        while at < len(source) and source[at]:
-            at += source[at] + 1
-        at += 1
-        if source[start] == 0x2C or source[start + 1] == 0xF9:
-            kept.append(source[start:at])
-    return b"".join([*kept, b";"])
 
 
 def _encode_jpeg2000(image: Image.Image, source: bytes, strip: bool) -> bytes:

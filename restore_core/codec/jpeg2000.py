@@ -4,7 +4,8 @@ import struct
 from collections.abc import Iterator
 
 _HEADER, _COLOUR, _PALETTE, _CODESTREAM = b"jp2h", b"colr", b"pclr", b"jp2c"
-_METADATA = (b"uuid", b"xml ", b"uinf")
+_NEEDED = (b"jP  ", b"ftyp", b"rreq", _HEADER, _CODESTREAM)
+_COMMENT, _TILE = b"\xff\x64", b"\xff\x90"
 _SRGB, _GRAY = 16, 17
 
 
@@ -42,14 +43,27 @@ def is_reversible(data: bytes) -> bool:
 
 def with_codestream(data: bytes, new: bytes, *, strip_metadata: bool) -> bytes:
     """The old file's boxes around another codestream of the same size and components."""
+    if strip_metadata:
+        new = _without_comments(new)
     if data.startswith(b"\xff\x4f"):
         return new
     kept = [
         (kind, new if kind == _CODESTREAM else body)
         for kind, body in _boxes(data)
-        if not (strip_metadata and kind in _METADATA)
+        if not strip_metadata or kind in _NEEDED
     ]
     return b"".join(struct.pack(">I4s", len(body) + 8, kind) + body for kind, body in kept)
+
+
+def _without_comments(stream: bytes) -> bytes:
+    """Of those in the main header (A.9.2)."""
+    kept, at = [stream[:2]], 2
+    while stream[at : at + 2] not in (_TILE, b"") and at + 4 <= len(stream):
+        end = at + 2 + max(2, int.from_bytes(stream[at + 2 : at + 4], "big"))
+        if stream[at : at + 2] != _COMMENT:
+            kept.append(stream[at:end])
+        at = end
+    return b"".join([*kept, stream[at:]])
 
 
 def _header(data: bytes) -> bytes:

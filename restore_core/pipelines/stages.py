@@ -389,6 +389,7 @@ ITEM_SCHEMA = pa.schema(
     [
         *manifest.SCHEMA,
         pa.field("frame", pa.int32()),
+        pa.field("left_out", pa.int32()),
         pa.field("source", pa.large_binary()),
         pa.field("pixels", pa.large_binary()),
         pa.field("alpha", pa.large_binary()),
@@ -407,6 +408,7 @@ def items_to_table(items: list[Item]) -> pa.Table:
     pictures = [item.picture for item in items]
     columns = {
         "frame": pa.array([item.frame for item in items], pa.int32()),
+        "left_out": pa.array([None if p is None else p.left_out for p in pictures], pa.int32()),
         "source": column([item.source for item in items]),
         "pixels": column([None if p is None else p.pixels.tobytes() for p in pictures]),
         "alpha": column([None if p is None or p.alpha is None else p.alpha.tobytes() for p in pictures]),
@@ -424,7 +426,7 @@ def items_of_table(table: pa.Table) -> list[Item]:
     rows = manifest.rows_of(table.select(manifest.SCHEMA.names))
     columns = (table[name].to_pylist() for name in ITEM_SCHEMA.names[len(manifest.SCHEMA) :])
     items = []
-    for row, frame, source, pixels, alpha, native, restored, whole in zip(rows, *columns, strict=True):
+    for row, frame, left_out, source, pixels, alpha, native, restored, whole in zip(rows, *columns, strict=True):
         item = Item(row, source, whole=whole, frame=frame)
         if pixels is not None:
             assert row.height and row.width and row.format and row.mode
@@ -439,6 +441,7 @@ def items_of_table(table: pa.Table) -> list[Item]:
                 gray=row.mode in codec.GRAY_MODES,
                 orientation=row.orientation,
                 native=None if native is None else codec.native_from_bytes(native, row.mode, *size),
+                left_out=left_out,
             )
             if restored is not None:
                 item.restored = np.frombuffer(restored, np.uint8).reshape(*size, 3)

@@ -293,15 +293,30 @@ def test_separate_processes_give_the_same_bytes(tree: tuple[Path, Path], tmp_pat
 
 @pytest.mark.parametrize(
     "key",
-    ["alpha.png", "grey.jpg", "sixteen bit.png", "deep colour.tif", "inks.tif", "lab.tif", "palette.png", "turned"],
+    [
+        "alpha.png",
+        "grey.jpg",
+        "sixteen bit.png",
+        "deep colour.tif",
+        "inks.tif",
+        "lab.tif",
+        "palette.png",
+        "turned",
+        "two",
+    ],
 )
 def test_nothing_is_lost_between_processes(key: str) -> None:
     from restore_core.pipelines import stages
 
     turned = Image.Exif()
     turned[274] = 6
-    data = encoded(photograph(9, 7), exif=turned) if key == "turned" else GOOD[key]
-    picture = codec.decode(data)
+    special = {
+        "turned": encoded(photograph(9, 7), exif=turned),
+        "two": encoded(photograph(8, 8), "GIF", save_all=True, append_images=[photograph(8, 8, 1)]),
+    }
+    data = special[key] if key in special else GOOD[key]
+    picture = codec.decode(data, frames="first")
+    assert picture.left_out == (key == "two")
     row = Row(key=key, size=len(data), etag="e", model="m", options="o", run_id="r")
     row.format, row.mode, row.orientation = picture.format, picture.mode, picture.orientation
     row.width, row.height = picture.width, picture.height

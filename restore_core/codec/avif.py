@@ -51,18 +51,13 @@ def without_metadata(source: bytes, exif: bytes) -> bytes:
 def with_colours_of(source: bytes, new: bytes) -> bytes:
     """The new file with the source's colour primaries and transfer function (nclx, ISO/IEC 23091-2), which Pillow sets
     to those of sRGB whatever the numbers mean."""
-    found = _colours(source)
+    found = _NCLX.search(source)
     if found is None:
         return new
     file = bytearray(new)
     for match in _NCLX.finditer(new, 0, new.find(b"mdat")):
-        file[match.start(1) : match.end(1)] = found
+        file[match.start(1) : match.end(1)] = found[1]
     return bytes(file)
-
-
-def _colours(source: bytes) -> bytes | None:
-    match = _NCLX.search(source)
-    return None if match is None else match[1]
 
 
 def _boxes(source: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:

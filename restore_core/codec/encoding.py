@@ -232,12 +232,11 @@ def _strip_jpeg(source: bytes, block: bytes) -> bytes:
         if source[at + 1] == 0xDA:  # start of scan: coded pixels follow, up to the next marker
             marker = _JPEG_MARKER.search(source, end)
             end = marker.start() if marker else len(source)
-        marker_code = source[at + 1]
-        if marker_code == 0xE0 and body.startswith(b"JFIF\0") and len(body) >= 14:
+        code = source[at + 1]
+        is_text = 0xE0 <= code <= 0xEF or code == 0xFE
+        if code == 0xE0 and body.startswith(b"JFIF\0") and len(body) >= 14:
             kept.append(b"\xff\xe0\0\x10" + body[:12] + b"\0\0")  # without the thumbnail
-        elif not (0xE0 <= marker_code <= 0xEF or marker_code == 0xFE) or body.startswith(
-            _JPEG_COLOUR.get(marker_code, b"-")
-        ):
+        elif not is_text or (code in _JPEG_COLOUR and body.startswith(_JPEG_COLOUR[code])):
             kept.append(source[at:end])
         at = end
     if block:

@@ -391,7 +391,8 @@ def segment(marker: int, body: bytes) -> bytes:
 
 def test_a_jpeg_keeps_no_text_whatever_it_begins_with() -> None:
     texts = [(0xFE, b"Adobe: Ann at home"), (0xFE, b"-Ann"), (0xED, b"Adobe_Photoshop2.5:8BIM Ann"),
-             (0xE1, b"Adobe_CM Ann"), (0xE0, b"JFXX\0\x13 Ann"), (0xE2, b"Adobe Ann"), (0xEE, b"ICC_PROFILE\0 Ann")]  # fmt: skip
+             (0xE1, b"Adobe_CM Ann"), (0xE0, b"JFXX\0\x13 Ann"), (0xE2, b"Adobe Ann"),
+             (0xEE, b"ICC_PROFILE\0 Ann")]  # fmt: skip
     plain = image_of("JPEG", "RGB", 64, 64, icc_profile=ICC)
     assert plain[2:4] == b"\xff\xe0"
     small = random_pixels(16, 20, 3).tobytes()

@@ -22,8 +22,9 @@ from restore_core.diagnosis import (
     repair_only,
     verdict,
 )
+from restore_core.false_patches import without_false_patches
 from restore_core.metrics import to_uint8
-from restore_core.model import fewest_values
+from restore_core.model import Prediction, each, fewest_values
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -248,12 +249,11 @@ class Restorer:
 
     def _predict(self, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Float [B, 3, H, W] and survival logits [B, 1, H, W] for uint8. Raises FloatingPointError."""
-        image, survival = self._forward(batch, device)
+        prediction = self._forward(batch, device)
         if self.self_ensemble:
-            mirrored, mirrored_survival = self._forward(batch.flip(3), device)
-            image = (image + mirrored.flip(3)) / 2
-            if survival is not None and mirrored_survival is not None:
-                survival = (survival + mirrored_survival.flip(3)) / 2
+            mirrored = self._forward(batch.flip(3), device)
+            prediction = each(lambda a, b: (a + b.flip(3)) / 2, prediction, mirrored)
+        image, survival = without_false_patches(batch, prediction)
         least, most = torch.aminmax(image)  # NaN where any value is
         if not (torch.isfinite(least) and torch.isfinite(most)):
             raise FloatingPointError("the network's output is not finite")
@@ -261,7 +261,7 @@ class Restorer:
             raise FloatingPointError("the network's output is far out of range")
         return image, survival
 
-    def _forward(self, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    def _forward(self, batch: Tensor, device: torch.device) -> Prediction:
         count, _, height, width = batch.shape
         if device == CPU and count == 1 and height * width <= self.least_alone:
             # What comes out must not depend on what else there was to do, or a resumed run would write other bytes.
@@ -270,8 +270,7 @@ class Restorer:
         fast = device.type == "cuda" if self.precision == "auto" else self.precision == "bfloat16"
         with torch.autocast(device.type, torch.bfloat16, enabled=fast):
             prediction = self.network(device)(x)
-        survival = prediction.survival
-        return prediction.image[:count].float(), None if survival is None else survival[:count].float()
+        return each(lambda part: part[:count].float(), prediction)
 
 
 def check_repair(folder: ModelFolder, repair: Collection[Kind]) -> None:

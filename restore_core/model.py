@@ -19,6 +19,14 @@ class Prediction(NamedTuple):
     """Restored, float [B, 3, H, W]."""
     survival: Tensor | None
     """Logit that the pixel still shows the photograph (neither flipped nor painted over), float [B, 1, H, W]."""
+    kept: Tensor | None = None
+    """What `image` would be if all pixels did, float [B, 3, H, W]; of a network with such a gate only."""
+
+
+def each(change: Callable[..., Tensor], *predictions: Prediction) -> Prediction:
+    """`change` of the predictions' images, of their survivals, and so on; None stays None."""
+    parts = (None if part[0] is None else change(*part) for part in zip(*predictions, strict=True))
+    return Prediction(*parts)  # type: ignore[arg-type]
 
 
 # --- The autoencoder of the project's origin -----------------------------------------------------------------------
@@ -164,7 +172,8 @@ class ResidualUNet(nn.Module):
             return Prediction(image + x, None)
         residual, content, survival = x.split([3, 3, 1], dim=1)
         g = torch.sigmoid(survival)
-        return Prediction(g * (image + residual) + (1 - g) * (content + 0.5), survival)
+        kept = image + residual
+        return Prediction(g * kept + (1 - g) * (content + 0.5), survival, kept)
 
 
 def _repeat(block: Callable[[int], nn.Module], channels: int, count: int) -> nn.Sequential:

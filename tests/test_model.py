@@ -52,7 +52,7 @@ def ready(config: ModelConfig) -> Autoencoder | ResidualUNet:
 def test_any_size_comes_out_as_it_went_in(config: ModelConfig) -> None:
     model = ready(config)
     for height, width in SIZES:
-        restored, survival = model(image(height, width, batch=2))
+        restored, survival, _ = model(image(height, width, batch=2))
         assert restored.shape == (2, 3, height, width)
         assert torch.isfinite(restored).all()
         if isinstance(config, ResidualUNetConfig) and config.gate:
@@ -203,7 +203,7 @@ def test_gate_chooses_between_the_input_and_invention() -> None:
     model.tail.weight.zero_()
     for logit, expected in ((40.0, x + 0.125), (-40.0, torch.full_like(x, 0.75))):
         model.tail.bias.copy_(torch.tensor([0.125] * 3 + [0.25] * 3 + [logit]))
-        restored, survival = model(x)
+        restored, survival, _ = model(x)
         torch.testing.assert_close(restored, expected)
         torch.testing.assert_close(survival, torch.full((1, 1, 12, 9), logit))
     model.tail.bias[6] = 0
@@ -245,7 +245,7 @@ def test_skips_of_the_residual_unet_carry_the_input() -> None:
 def test_every_parameter_gets_a_gradient(config: ModelConfig) -> None:
     torch.manual_seed(0)
     model = build(config).train()
-    restored, survival = model(image(64, 64, batch=2))
+    restored, survival, _ = model(image(64, 64, batch=2))
     loss = restored.square().mean()
     if survival is not None:
         loss = loss + survival.square().mean()

@@ -121,11 +121,10 @@ def main(job: RestoreBucket) -> int:
         print("failures: " + ", ".join(f"{count} {error}" for error, count in errors.items()))
     print(f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images/s")
     print(f"report: {output.join(REPORT_FILE)}")
-    if summary.interrupted:
-        print(f"stopped: {summary.stopped}")
-        return command_line.INTERRUPTED
     if summary.stopped:
-        print(f"stopped: {summary.stopped}; mend the cause, then start again with --retry-failed all")
+        print(f"stopped: {summary.stopped}")
+    if summary.interrupted:
+        return command_line.INTERRUPTED
     failed = summary.stopped or summary.failed_share > job.max_failed_share
     return command_line.TOO_MANY_FAILURES if failed else command_line.DONE
 

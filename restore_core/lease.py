@@ -156,8 +156,15 @@ class Lease:
             owner = replace(self._owner, renewed=time.time())
             # No connection, say, or credentials that could not be renewed, whose errors are of any type.
             with contextlib.suppress(Exception):
-                self._version = self._put(self._version, owner)
+                self._version = self._put(self._version, owner) or self._put_again(owner)
                 self._owner, self._lost = owner, self._version is None
+
+    def _put_again(self, owner: Owner) -> str | None:
+        """Where it is another version than was known, but ours: one was stored whose answer was lost."""
+        found = next((item for item in self._output.list(self._key) if item.key == self._key), None)
+        if found is None or self._parse(self._output.read(self._key)).run_id != owner.run_id:
+            return None
+        return self._put(found.etag, owner)
 
 
 def _machine() -> str:

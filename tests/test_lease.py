@@ -152,6 +152,29 @@ def test_errors_of_any_type_do_not_end_the_renewals(tmp_path: Path, monkeypatch:
         held.check()
 
 
+def test_a_renewal_whose_answer_is_lost_is_ours(output: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 1000)
+    write_if = type(output).write_if
+
+    def lose_the_answer(self: Storage, key: str, data: bytes, version: str | None) -> str | None:
+        write_if(self, key, data, version)  # type: ignore[arg-type]
+        raise ItemError("write", "no route to host")
+
+    with Lease(output, KEY, "first") as held:
+        with monkeypatch.context() as patched:
+            patched.setattr(type(output), "write_if", lose_the_answer)
+            held._renew()
+        held._renew()
+        held.check()
+        monkeypatch.setattr(lease, "EXPIRE_SECONDS", 0.5)
+        time.sleep(0.6)
+        held.check()
+        rewrite(output, run_id="thief")
+        held._renew()
+        with pytest.raises(StorageError, match=r"could not renew its lease"):
+            held.check()
+
+
 def test_a_driver_that_slept_keeps_what_nobody_took(output: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RENEW_SECONDS", 1000)
     with Lease(output, KEY, "first") as held:

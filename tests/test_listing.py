@@ -84,6 +84,23 @@ def test_every_key_comes_once_and_in_order(keys: set[str], prefix: str, after: s
         assert keys_of(Bucket(list(keys), page), prefix, after) == expected
 
 
+@pytest.mark.parametrize(("prefix", "after"), [("", ""), ("a/", ""), ("", "a/019"), ("a/", "a/019")])
+def test_a_page_may_be_empty_and_not_the_last(prefix: str, after: str) -> None:
+    """As the first ones are where very many versions were deleted."""
+    bucket = Bucket([f"{folder}/{index:03d}" for folder in "abc" for index in range(40)])
+
+    def request(**options: str) -> dict[str, Any]:
+        found = bucket(**options)
+        if "ContinuationToken" in options or "Delimiter" in options:
+            return found
+        start = options.get("StartAfter", "")
+        return {"Contents": [], "IsTruncated": True, "NextContinuationToken": start or "\x01"}
+
+    pages = listing.pages(request, prefix, after)  # type: ignore[arg-type]
+    expected = [key for key in bucket.keys if key.startswith(prefix) and key > after]
+    assert [entry[0] for page in pages for entry in page] == expected
+
+
 def test_one_page_is_one_request() -> None:
     bucket = Bucket([f"a/{index}" for index in range(10)])
     assert len(keys_of(bucket)) == bucket.requests * 10 == 10
@@ -211,3 +228,17 @@ def test_a_listing_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pyt
     last.clear()
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
     assert [item.key for item in last] == changed
+
+
+def test_what_is_listed_before_the_run_begins_is_noted_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Parquet that comes before the first photograph."""
+    monkeypatch.setattr("restore_core.pipelines.listing.NOTED_OBJECTS", 5)
+    keys = [*[f"{index:02d}.parquet" for index in range(12)], "a.jpg", "b.jpg", "c.jpg", "d.jpg"]
+    output = open_storage(str(tmp_path))
+    listed = Listed(Keys(iter(keys)), output, "run-1", resume=False)  # type: ignore[arg-type]
+    input = list_input(Keys(iter(())), None, listed)  # type: ignore[arg-type]
+    assert not any(tmp_path.iterdir())
+    listed.begin()
+    assert [item.key for item, _ in zip(input.objects, keys, strict=True)] == keys
+    noted = Listed(Keys(iter(())), output, "run-2", resume=True)  # type: ignore[arg-type]
+    assert [item.key for item in noted] == keys[:14]

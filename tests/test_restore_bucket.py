@@ -34,7 +34,7 @@ from restore_core.errors import StorageError, UsageError
 from restore_core.manifest import Row
 from restore_core.model import build
 from restore_core.pipelines.listing import Listed
-from restore_core.storage import LocalStorage, open_storage
+from restore_core.storage import LocalStorage, Object, open_storage
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -504,6 +504,27 @@ def test_only_the_listed_keys_are_restored(tmp_path: Path, run: Run, tree: tuple
     assert json.loads((output / "_restore/run.json").read_text())["listed"] == len(TREE)
 
 
+def test_a_list_of_keys_may_be_older_than_the_objects(tmp_path: Path, run: Run, tree: tuple[Path, Path]) -> None:
+    """As an S3 Inventory, which is made once a day. What was replaced since is done once, as it is now."""
+    source, output = (
+        write_tree(tmp_path / "in", {"a.png": GOOD["large.png"], "b.png": GOOD["one pixel.png"]}),
+        tmp_path / "out",
+    )
+    versions = [LocalStorage(source).stat("a.png"), Object("b.png", 7, "older")]
+    lines = "".join(f"{item.key},{item.size},{item.etag}\n" for item in versions)
+    (tmp_path / "list.csv").write_text("key,size,etag\n" + lines)
+    listed = {"input": str(source), "output": str(output), "keys": str(tmp_path / "list.csv")}
+    for _ in range(2):
+        assert run(source, output, keys=listed["keys"]) == 0
+        assert {row.attempt for row in ledger_of(output).values()} == {1}
+        assert verify_bucket.main(verify_bucket.VerifyBucket(**listed)) == 0
+    (source / "b.png").write_bytes(GOOD["a/tiny.jpg"])
+    assert verify_bucket.main(verify_bucket.VerifyBucket(**listed)) == 1
+    assert run(source, output, keys=listed["keys"]) == 0
+    assert {key: row.attempt for key, row in ledger_of(output).items()} == {"a.png": 1, "b.png": 2}
+    assert verify_bucket.main(verify_bucket.VerifyBucket(**listed)) == 0
+
+
 def test_only_chosen_damages_are_repaired(tmp_path: Path, run: Run) -> None:
     """With the bundled model. What has only damages that are not to be repaired is copied."""
     crop = Image.fromarray(skimage.data.astronaut()).crop((135, 5, 315, 185))
@@ -783,8 +804,15 @@ def test_parquet_that_changes_while_it_is_read_fails_whole(tmp_path: Path, small
         model=checkpoint.read(str(small_model(1))), device="cpu", threads=1, max_pixels=10**6, strip_metadata=False,
     )  # fmt: skip
 
-    def outcome(group: int) -> set[tuple[str | None, str | None, str | None]]:
-        rows = [Row(key=f"{index}", size=1, etag="e", model="m", options="o", run_id="r") for index in range(4)]
+    def listed() -> Object:
+        return plan.input.stat("a.parquet")
+
+    def outcome(group: int, file: Object | None = None) -> set[tuple[str | None, str | None, str | None]]:
+        file = file or listed()
+        rows = [
+            Row(key=f"{index}", size=file.size, etag=file.etag, model="m", options="o", run_id="r")
+            for index in range(4)
+        ]
         with ThreadPoolExecutor(2) as pool, codec.Processes(1, 10**6) as codecs:
             done = stages.restore_row_group(
                 rows, "a.parquet", group, "a.parquet", plan, plan.restorer(), pool, codecs, batch=3
@@ -792,7 +820,21 @@ def test_parquet_that_changes_while_it_is_read_fails_whole(tmp_path: Path, small
         assert not files_of(tmp_path / "out") and not list(plan.output.unfinished())
         return {(row.status, row.error, row.output_key) for row in done}
 
-    assert outcome(0) == {("failed", "vanished", None)}
+    assert outcome(0, Object("a.parquet", 1, "e")) == {("failed", "vanished", None)}
+    pq.write_table(dataset_table(4), tmp_path / "in/a.parquet")
+    older = listed()
+    pq.write_table(dataset_table(4), tmp_path / "in/a.parquet")  # as many rows, but who knows which
+    assert outcome(0, older) == {("failed", "read", None)}
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def replaced_meanwhile(self: pq.ParquetFile, *arguments: Any, **options: Any) -> Any:
+        yield from iter_batches(self, *arguments, **options)
+        pq.write_table(dataset_table(4), tmp_path / "new")
+        (tmp_path / "new").rename(tmp_path / "in/a.parquet")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pq.ParquetFile, "iter_batches", replaced_meanwhile)
+        assert outcome(0) == {("failed", "read", None)}
     for count in (3, 5, 9):
         pq.write_table(dataset_table(count), tmp_path / "in/a.parquet")
         assert outcome(0) == {("failed", "read", None)}

@@ -341,6 +341,28 @@ def test_a_token_that_expires_ends_the_run_and_the_next_goes_on(
     assert_like_a_quiet_run(jobs, proxy, moto_client, files, tmp_path / "report.json")
 
 
+@pytest.mark.faults
+def test_a_token_that_expires_says_nothing_of_the_objects(
+    proxy: FaultProxy, moto_client: "S3Client", jobs: Jobs, tmp_path: Path
+) -> None:
+    """The ledger can be written here, on a disk; what could not be read has no row, and the same command goes on."""
+    files = {f"{number:03}.jpg": encoded(number) for number in range(60)}
+    fill(moto_client, files)
+    proxy.set(Fault(kind="expired", credential="OLD", after=30))
+    result = jobs.restore("s3://photos/raw", tmp_path / "out", AWS_ACCESS_KEY_ID="OLD")
+    assert result.code == 1, result.err
+    (line,) = [line for line in result.out.splitlines() if line.startswith("stopped: ")]
+    expected = r"stopped: cannot read s3://photos/raw/\d+.jpg: the credentials have expired; renew them, and the same "
+    assert re.fullmatch(rf"{expected}command goes on \(node .+\); \d+ were left alone", line)
+    rows = manifest.rows_of(manifest.Ledger(LocalStorage(tmp_path / "out"), "test").latest())
+    assert 0 < len(rows) < 60, "it was not in the middle"
+    assert not [row for row in rows if row.error]
+    result = jobs.restore("s3://photos/raw", tmp_path / "out", AWS_ACCESS_KEY_ID="NEW")
+    assert result.code == 0, result.err
+    rows = manifest.rows_of(manifest.Ledger(LocalStorage(tmp_path / "out"), "test").latest())
+    assert {row.key for row in rows} == files.keys() and not [row for row in rows if row.error]
+
+
 def test_an_output_that_may_not_be_written_is_refused_before_anything_is_read(
     proxy: FaultProxy, moto_client: "S3Client", jobs: Jobs
 ) -> None:

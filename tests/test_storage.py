@@ -4,11 +4,12 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import boto3
 import botocore.exceptions
@@ -28,6 +29,9 @@ from restore_core.storage import (
     require_readable,
     require_writable,
 )
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -441,6 +445,68 @@ def test_s3_without_credentials(new_clients: None, monkeypatch: pytest.MonkeyPat
     assert "s3://photos/x/a.jpg" in fails("denied", open_storage("s3://photos/x").read, "a.jpg")
 
 
+def test_s3_credentials_that_come_a_little_later(
+    new_clients: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As from a machine's metadata service that did not answer in time; a client keeps what it began with."""
+    place = S3Storage("photos")
+    place.write("a.jpg", b"a")
+    storage.s3.s3_client.cache_clear()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    file = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    monkeypatch.setattr(storage.s3, "CREDENTIALS_SECONDS", 0)
+    message = fails("denied", place.read, "a.jpg")
+    assert message == (
+        "cannot read s3://photos/a.jpg: Unable to locate credentials; give this machine some, "
+        "and the same command goes on"
+    )
+    assert message.endswith(storage.GO_ON)
+    assert fails("denied", place.read, "x" * 1024).endswith(storage.GO_ON)
+    monkeypatch.setattr(storage.s3, "CREDENTIALS_SECONDS", 30)
+    write = threading.Timer(
+        0.5, file.write_text, ["[default]\naws_access_key_id = me\naws_secret_access_key = secret\n"]
+    )
+    write.start()
+    assert place.read("a.jpg") == b"a"
+    write.join()
+
+
+def test_s3_refreshed_credentials_that_have_expired(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Botocore says so with a RuntimeError."""
+
+    def expired(**_: object) -> None:
+        raise RuntimeError("Credentials were refreshed, but the refreshed credentials are still expired.")
+
+    monkeypatch.setattr(storage.s3, "CREDENTIALS_SECONDS", 0)
+    monkeypatch.setattr(storage.s3.s3_client(), "get_object", expired)
+    message = fails("denied", S3Storage("photos").read, "a.jpg")
+    assert "still expired" in message and message.endswith(storage.GO_ON)
+
+
+def test_s3_archived_objects_are_no_matter_of_permissions(s3: str, moto_client: "S3Client") -> None:
+    moto_client.put_object(Bucket="photos", Key="old.jpg", Body=b"x", StorageClass="GLACIER")
+    assert fails("read", S3Storage("photos").read, "old.jpg") == (
+        "cannot read s3://photos/old.jpg: it is archived; restore it from there first (aws s3api restore-object)"
+    )
+
+
+def test_s3_an_object_is_found_by_who_may_not_list(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    S3Storage("photos").write("lists/todo.txt", b"a.jpg")
+
+    def denied(**_: object) -> None:
+        raise botocore.exceptions.ClientError(
+            {"Error": {"Code": "AccessDenied", "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": 403}},  # type: ignore[typeddict-item]
+            "ListObjectsV2",
+        )
+
+    monkeypatch.setattr(storage.s3.s3_client(), "list_objects_v2", denied)
+    place = open_storage("s3://photos/lists/todo.txt")
+    assert place.only == "todo.txt" and place.read("todo.txt") == b"a.jpg"
+    assert open_storage("s3://photos/lists").only is None
+
+
 def test_s3_endpoint_that_does_not_answer(new_clients: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:hunter2@127.0.0.1:9")
     with pytest.raises(UsageError, match=r"^--input s3://photos: .*; check AWS_ENDPOINT_URL") as caught:
@@ -496,6 +562,45 @@ def test_s3_filesystem_takes_credentials_of_the_standard_chain(
     with filesystem.open_output_stream(f"{base}/a.bin") as stream:
         stream.write(b"x")
     assert S3Storage("photos", "runs").read("a.bin") == b"x"
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "override"),
+    [
+        ("https://s3.amazonaws.com", ""),
+        ("https://s3.eu-central-1.amazonaws.com", ""),
+        ("https://s3.cn-north-1.amazonaws.com.cn", ""),
+        ("https://s3-fips.us-gov-west-1.amazonaws.com", "s3-fips.us-gov-west-1.amazonaws.com"),
+        ("https://s3.dualstack.eu-central-1.amazonaws.com", "s3.dualstack.eu-central-1.amazonaws.com"),
+        (
+            "https://bucket.vpce-0abc-1.s3.eu-central-1.vpce.amazonaws.com",
+            "bucket.vpce-0abc-1.s3.eu-central-1.vpce.amazonaws.com",
+        ),
+        ("http://127.0.0.1:9000", "127.0.0.1:9000"),
+    ],
+)
+def test_s3_filesystem_goes_where_boto3_goes(
+    new_clients: None, monkeypatch: pytest.MonkeyPatch, endpoint: str, override: str
+) -> None:
+    """Also to the bucket's region, whatever the settings say, where that can be asked."""
+    from restore_core.storage import arrow
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setattr(storage.s3, "region_of", lambda bucket: "ap-south-1")
+    filesystem = arrow.S3Files("photos").now()
+    (settings,) = filesystem.__reduce__()[1]
+    assert (settings["endpoint_override"], settings["scheme"]) == (override, endpoint.partition(":")[0])
+    assert filesystem.region == ("ap-south-1" if "amazonaws" in endpoint else "us-east-1")
+
+
+def test_s3_filesystem_stores_a_small_file_by_one_request(new_clients: None, moto_client: "S3Client") -> None:
+    """Else a process that is killed would leave a multipart upload behind."""
+    filesystem, base = S3Storage("photos", "runs").filesystem()
+    with filesystem.open_output_stream(f"{base}/a.bin") as stream:
+        stream.write(b"x" * 100)
+        assert "Uploads" not in moto_client.list_multipart_uploads(Bucket="photos")
+        assert not S3Storage("photos", "runs").exists("a.bin")
+    assert S3Storage("photos", "runs").read("a.bin") == b"x" * 100
 
 
 def test_s3_region_is_told_to_who_may_not_list_the_bucket() -> None:

@@ -87,6 +87,7 @@ def compare(
     model: str,
     options: str,
     retry: Retry,
+    version: Callable[[Object], Object] = lambda item: item,
 ) -> Iterator[Found]:
     """Hold a listing against the ledger. All come in the order of their keys, and little of them is held.
 
@@ -98,6 +99,7 @@ def compare(
         done: the ledger's latest rows, at least `COLUMNS`.
         begun: of those rows, the ones that were begun again: `key` and the `attempt`.
         exists: tells whether a key is in the output; asked in ascending order.
+        version: of an object that is another one than its row says: what it is now, where the listing may be old.
 
     Raises StorageError where a listing is not sorted.
     """
@@ -111,6 +113,8 @@ def compare(
         if row is None:
             yield Found(item, None, tries + 1)
             continue
+        if (row.size, row.etag) != (item.size, item.etag):
+            item = version(item)
         same = (row.size, row.etag, row.model, row.options) == (item.size, item.etag, model, options)
         if row.status == "failed":
             finished = not retry.wants(row.error)

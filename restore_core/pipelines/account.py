@@ -11,6 +11,7 @@ from ray.data._internal.execution import backpressure_policy
 from restore_core import manifest
 from restore_core.lease import Lease
 from restore_core.manifest import Ledger, Overview, Row
+from restore_core.storage import GO_ON
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,11 @@ DENIED_ROWS = 100
 """It is stopped after so many if access was denied to each of them: more photographs would be worked on for nothing."""
 
 
-class TooManyFailures(Exception):
-    pass
+MEND = "mend the cause, then start again with --retry-failed all"
+
+
+class Stopped(Exception):
+    """The run ends before all is done; what is not done has no row of it."""
 
 
 _writing = threading.Event()
@@ -51,7 +55,7 @@ class Account:
     """Of one run.
 
     Args:
-        max_failed_share: when more of what is done has failed, `add` raises TooManyFailures, but not before
+        max_failed_share: when more of what is done has failed, `add` raises Stopped, but not before
             `VERDICT_ROWS` are done.
     """
 
@@ -99,10 +103,13 @@ class Account:
             count = self.count
 
     def add(self, rows: list[Row]) -> None:
-        """Raises TooManyFailures, and StorageError where the lease is lost or the ledger cannot be written."""
+        """Raises Stopped, and StorageError where the lease is lost or the ledger cannot be written."""
         self._lease.check()
+        no_credentials = None
         for row in rows:
-            if row.key not in self.done:
+            if row.error == "denied" and (row.message or "").endswith(GO_ON):
+                no_credentials = row  # nothing is wrong with the object, and nothing is said of it
+            elif row.key not in self.done:
                 self.done.add(row.key)
                 self.count += 1
                 self._waiting.append(row)
@@ -118,6 +125,8 @@ class Account:
         if now - self._shown > PROGRESS_SECONDS and self.count > before:
             self._shown = now
             self._show((self.count - before) / (now - since))
+        if no_credentials is not None:
+            raise Stopped(f"{no_credentials.message} (node {no_credentials.node}); {self._left()}")
         self._judge(rows)
 
     def flush(self) -> None:
@@ -138,14 +147,18 @@ class Account:
             self.count, self.total, self._failed, rate, left, more,
         )  # fmt: skip
 
+    def _left(self) -> str:
+        more = "" if self.complete else "and what was not listed yet "
+        return f"{self.total - self.count} {more}were left alone"
+
     def _judge(self, rows: list[Row]) -> None:
-        left = f"{self.total - self.count} {'' if self.complete else 'and what was not listed yet '}were left alone"
         if self._denied == self.count >= DENIED_ROWS and self._max_failed_share < 1:
-            raise TooManyFailures(
-                f"access was denied to each of the first {self._denied} objects (the last: {rows[-1].message}); {left}"
+            raise Stopped(
+                f"access was denied to each of the first {self._denied} objects (the last: {rows[-1].message}); "
+                f"{self._left()}; {MEND}"
             )
         if self.count >= VERDICT_ROWS and self._failed > self._max_failed_share * self.count:
-            raise TooManyFailures(
+            raise Stopped(
                 f"{self._failed} of the first {self.count} objects failed, more than --max-failed-share "
-                f"{self._max_failed_share:g}; {left}"
+                f"{self._max_failed_share:g}; {self._left()}; {MEND}"
             )

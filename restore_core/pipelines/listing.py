@@ -1,8 +1,9 @@
 """What there is to do: the input's listing, cut into units that are done together."""
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from restore_core import manifest, sources
-from restore_core.errors import UsageError
+from restore_core.errors import ItemError, UsageError
 from restore_core.key_list import read_key_list
 from restore_core.manifest import Ledger, Row
 from restore_core.storage import Object, Storage
@@ -86,6 +87,8 @@ class Input:
     """In the order of their keys; once."""
     groups: RowGroups | None
     """Where every file is Parquet: their rows, which then are the objects."""
+    version: Callable[[Object], Object] = lambda item: item
+    """Of an object: what it is now, where the listing may be older (a list of keys)."""
 
 
 class Listed:
@@ -102,11 +105,16 @@ class Listed:
         self._ledger = Ledger(output, run_id, folder=f"listed/{place}")
         self._storage = storage
         self._resume = resume
+        self._begun = False
 
     def begin(self) -> None:
-        """Forget what an earlier run has noted, unless it is gone on from there. Not while another run may write."""
+        """Forget what an earlier run has noted, unless it is gone on from there. Not while another run may write.
+
+        Before this nothing is noted.
+        """
         if not self._resume:
             self.clear()
+        self._begun = True
 
     def clear(self) -> None:
         self._ledger.clear()
@@ -122,7 +130,7 @@ class Listed:
         fresh: list[Row] = []
         for item in self._storage.list(after=last):
             fresh.append(Row(key=item.key, size=item.size, etag=item.etag, model="", options="", run_id=""))
-            if len(fresh) == NOTED_OBJECTS:
+            if self._begun and len(fresh) >= NOTED_OBJECTS:
                 self._ledger.append(fresh)
                 fresh = []
             yield item
@@ -141,13 +149,20 @@ def list_input(storage: Storage, keys: str | None = None, listing: Iterable[Obje
         listing = read_key_list(keys, storage)
     elif listing is None:
         listing = storage.list()
+
+    def version(item: Object) -> Object:
+        try:
+            return storage.stat(item.key) if keys is not None else item
+        except ItemError:
+            return item
+
     own = f"{manifest.FOLDER}/"
     objects = (item for item in listing if not item.key.startswith(own))
     head: list[Object] = []
     for item in objects:
         head.append(item)
         if not sources.is_internal(item.key) and not item.key.endswith(".parquet"):
-            return Input(chain(head, objects), None)
+            return Input(chain(head, objects), None, version)
     if not head:
         where = f"--input {storage.uri}" if keys is None else f"--keys {keys}"
         raise UsageError(f"{where}: no files there; check the path or prefix")
@@ -156,13 +171,16 @@ def list_input(storage: Storage, keys: str | None = None, listing: Iterable[Obje
         groups = RowGroups(list(_row_groups(storage, dataset)))
         groups.check(storage.uri)
         return Input(groups.objects(), groups)
-    return Input(iter(head), None)
+    return Input(iter(head), None, version)
 
 
 def _row_groups(storage: Storage, files: list[Object]) -> Iterator[RowGroup]:
     """The rows of all Parquet files. A row's key is its column `key`, else FILE#ROW. Raises UsageError."""
-    for item in files:
+    for listed in files:
+        item = listed
         with sources.open_parquet(storage, item.key, "--input") as file:
+            with contextlib.suppress(ItemError):
+                item = storage.stat(item.key)  # a list of keys may know an older version
             sources.image_column(file.schema_arrow, f"--input {storage.join(item.key)}")
             keyed = "key" in file.schema_arrow.names
             first = 0

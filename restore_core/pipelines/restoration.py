@@ -32,7 +32,7 @@ from restore_core.inference import check_repair
 from restore_core.lease import Lease
 from restore_core.manifest import Found, Ledger, Overview, Retry, Row
 from restore_core.pipelines import cluster, stages
-from restore_core.pipelines.account import BACKPRESSURE, BACKPRESSURE_KEY, Account, TooManyFailures
+from restore_core.pipelines.account import BACKPRESSURE, BACKPRESSURE_KEY, Account, Stopped
 from restore_core.pipelines.listing import Input, Listed, RowGroup, RowGroups, list_input, object_units, row_group_unit
 from restore_core.pipelines.stages import RestoreRun
 from restore_core.storage import Object, Storage
@@ -291,7 +291,7 @@ def _restore(
                 begun.append(again)
             _restore_wave(wave, run, actors, options, account)
             del wave  # before the next one is made
-    except TooManyFailures as verdict:
+    except Stopped as verdict:
         stopped = str(verdict)
     except KeyboardInterrupt:
         stopped = INTERRUPTED
@@ -385,7 +385,7 @@ class _Work:
             exists = {item.key for item in self.output.list()}.__contains__
         return manifest.compare(
             input.objects, self.ledger.rows(manifest.COLUMNS), self.begun.rows(("key", "attempt")), exists=exists,
-            model=self.model, options=self.options, retry=self.retry,
+            model=self.model, options=self.options, retry=self.retry, version=input.version,
         )  # fmt: skip
 
     def _of_objects(self) -> Iterator[_Wave]:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from restore_core import codec, manifest, memory, sinks, sources
 from restore_core.checkpoint import ModelFolder
 from restore_core.config import KINDS, Kind, Precision
-from restore_core.errors import ErrorClass, ItemError
+from restore_core.errors import ItemError
 from restore_core.inference import Restored, Restorer, release_memory
 from restore_core.manifest import Row
 from restore_core.storage import Object, Storage, one_line
@@ -312,6 +312,7 @@ def restore_row_group(
     """
     done = 0
     try:
+        _require_unchanged(run.input, file_key, rows, len(rows))
         with (
             run.output.create(output_key) as file,
             contextlib.closing(sinks.ShardWriter(file)) as shard,
@@ -323,14 +324,19 @@ def restore_row_group(
                 some = rows[done : done + len(part)]
                 shard.write(part, column, _restore_part(some, cells, output_key, run, restorer, pool, codecs))
                 done += len(part)
-            if done != len(rows):
-                raise ItemError("read", one_line(f"{file_key} has changed since it was listed; run again"))
+            _require_unchanged(run.input, file_key, rows, done)
     except ItemError as error:
         for row in rows:
             row.fail(error.error, error.message)
     for row in rows:
         finish(row)
     return rows
+
+
+def _require_unchanged(input: Storage, file: str, rows: list[Row], count: int) -> None:
+    """Rows are known by their places, so their file has to be the one that was listed. Raises ItemError."""
+    if count != len(rows) or input.stat(file) != Object(file, rows[0].size, rows[0].etag):
+        raise ItemError("read", one_line(f"{file} has changed since it was listed; run again"))
 
 
 def _parts(input: Storage, file: str, group: int, batch: int) -> Generator[pa.Table, None, None]:
@@ -343,8 +349,8 @@ def _parts(input: Storage, file: str, group: int, batch: int) -> Generator[pa.Ta
                 for part in parquet.iter_batches(batch, row_groups=[group]):
                     yield pa.table(part).replace_schema_metadata(parquet.schema_arrow.metadata)
     except (OSError, pa.ArrowException) as error:
-        kind: ErrorClass = "vanished" if isinstance(error, FileNotFoundError) else "read"
-        raise ItemError(kind, one_line(f"cannot read row group {group} of {file}: {error}")) from error
+        input.stat(file)  # which tells what is gone and what is denied
+        raise ItemError("read", one_line(f"cannot read row group {group} of {file}: {error}")) from error
 
 
 def _restore_part(

@@ -18,7 +18,7 @@ from restore_core import manifest, sources
 from restore_core.errors import ItemError, UsageError
 from restore_core.manifest import Ledger, Sorted
 from restore_core.pipelines import cluster
-from restore_core.pipelines.listing import list_input
+from restore_core.pipelines.listing import Input, list_input
 from restore_core.storage import Object, Storage
 
 Finding = Literal["unaccounted", "outdated", "missing", "changed", "unreadable", "extra", "temporary"]
@@ -65,7 +65,7 @@ def verify(input: Storage, output: Storage, keys: str | None = None) -> Verifica
     targets = [group.output_key for group in listing.groups.groups] if listing.groups else []
     ledger = Ledger(output, manifest.new_run_id())
     statuses: Counter[str] = Counter()
-    findings = list(_of_listing(listing.objects, ledger, statuses))
+    findings = list(_of_listing(listing, ledger, statuses))
     listed = statuses.total() + sum(finding == "unaccounted" for finding, _ in findings)
     findings += _of_files(output, ledger, targets)
     hashed = 0
@@ -75,18 +75,18 @@ def verify(input: Storage, output: Storage, keys: str | None = None) -> Verifica
     return Verification(listed=listed, statuses=dict(sorted(statuses.items())), hashed=hashed, findings=findings)
 
 
-def _of_listing(objects: Iterator[Object], ledger: Ledger, statuses: Counter[str]) -> Iterator[tuple[Finding, str]]:
+def _of_listing(listing: Input, ledger: Ledger, statuses: Counter[str]) -> Iterator[tuple[Finding, str]]:
     """Every object has a row, of the version that is there now. Counts the rows by their status."""
     columns = ("key", "size", "etag", "status")
     rows = Sorted(((values[0], values[1:]) for values in _values(ledger, columns)), "the ledger")
-    for item in objects:
+    for item in listing.objects:
         row = rows.get(item.key)
         if row is None:
             yield "unaccounted", item.key
             continue
         size, etag, status = row
         statuses[status] += 1
-        if (size, etag) != (item.size, item.etag):
+        if (size, etag) != (item.size, item.etag) and Object(item.key, size, etag) != listing.version(item):
             yield "outdated", item.key
 
 

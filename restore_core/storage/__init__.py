@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from restore_core.errors import UsageError
-from restore_core.storage.base import Object, Storage, one_line
+from restore_core.storage.base import GO_ON, Object, Storage, one_line
 from restore_core.storage.local import LocalStorage, key_of
 from restore_core.storage.s3 import S3Storage, is_s3_object
 
 __all__ = [
-    "LocalStorage", "Object", "S3Storage", "Storage", "key_of", "one_line", "open_storage", "overlaps",
+    "GO_ON", "LocalStorage", "Object", "S3Storage", "Storage", "key_of", "one_line", "open_storage", "overlaps",
     "require_readable", "require_writable", "with_put_options",
 ]  # fmt: skip
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 10
 """Of a request, at growing intervals."""
+AWS = re.compile(r"\.amazonaws\.com(\.cn)?$")
+PUBLIC = re.compile(r"s3\.([a-z]+(-[a-z]+)+-[0-9]+\.)?amazonaws\.com(\.cn)?")
+"""The endpoints that Arrow would choose itself: not those of a private network (VPC), FIPS or IPv6."""
 
 
 class S3Files(FileSystemHandler):  # type: ignore[misc]
@@ -92,13 +95,19 @@ class S3Files(FileSystemHandler):  # type: ignore[misc]
 def _connect(bucket: str, endpoint_url: str, credentials: Any) -> S3FileSystem:
     import boto3
 
-    settings: dict[str, Any] = {"retry_strategy": AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)}
+    # Delayed: else each file is a multipart upload, which a worker that is killed leaves behind, and which an exception
+    # while it is written completes.
+    settings: dict[str, Any] = {
+        "retry_strategy": AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+        "allow_delayed_open": True,
+    }
     endpoint = urllib.parse.urlsplit(endpoint_url)
+    host = endpoint.hostname or ""
     region = s3.region() or boto3.session.Session().region_name
-    if not re.search(r"\.amazonaws\.com(\.cn)?$", endpoint.hostname or ""):
+    if not PUBLIC.fullmatch(host):
         settings |= {"endpoint_override": endpoint.netloc.rpartition("@")[2], "scheme": endpoint.scheme}
-    elif region is None:  # pyarrow, unlike boto3, does not follow the redirect to the bucket's own region
-        region = s3.region_of(bucket)
+    if AWS.search(host):  # pyarrow, unlike boto3, does not follow the redirect to the bucket's own region
+        region = s3.region_of(bucket) or region
     if credentials is not None:
         settings |= {"access_key": credentials.access_key, "secret_key": credentials.secret_key}
         settings |= {"session_token": credentials.token} if credentials.token else {}

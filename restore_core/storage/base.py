@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 
+GO_ON = "and the same command goes on"
+"""How the message of an ItemError `denied` ends that is a machine's, not the object's: without credentials, say."""
+
+
 @dataclass(frozen=True, slots=True)
 class Object:
     """One stored file, as a listing shows it."""

@@ -30,17 +30,17 @@ DEPTH = 32
 def pages(request: Request, prefix: str, after: str = "") -> Iterator[Page]:
     """All keys with a prefix that come behind `after`. What fits on one page takes one request."""
     first = request(Prefix=prefix, **({"StartAfter": after} if after else {}))
-    page = _page_of(first)
+    page = page_of(first)
     yield page
     if not first.get("IsTruncated"):
         return
-    last = page[-1][0] if page else prefix
+    last = page[-1][0] if page else after  # a page may be empty and yet not the last
     cuts: list[str | None] = [last, *_cuts(request, prefix, last), None]
     ranges = [_range(request, prefix, after, last) for after, last in pairwise(cuts)]
     yield from _in_turn(ranges)
 
 
-def _page_of(found: "ListObjectsV2OutputTypeDef") -> Page:
+def page_of(found: "ListObjectsV2OutputTypeDef") -> Page:
     return [(entry["Key"], entry["Size"], entry["ETag"].strip('"')) for entry in found.get("Contents", [])]
 
 
@@ -49,7 +49,7 @@ def _cuts(request: Request, prefix: str, after: str) -> list[str]:
     entries: list[str] = []
     for _ in range(DEPTH):
         entries = []
-        more = {"StartAfter": after}
+        more = {"StartAfter": after} if after else {}
         for _ in range(FOLDER_PAGES):
             found = request(Prefix=prefix, Delimiter="/", **more)
             entries += [entry["Prefix"] for entry in found.get("CommonPrefixes", [])]
@@ -67,10 +67,10 @@ def _cuts(request: Request, prefix: str, after: str) -> list[str]:
 
 def _range(request: Request, prefix: str, after: str | None, last: str | None) -> Iterator[Page]:
     """The keys behind `after` up to and with `last`."""
-    more = {"StartAfter": after}
+    more = {"StartAfter": after} if after else {}
     while True:
         found = request(Prefix=prefix, **more)
-        page = _page_of(found)
+        page = page_of(found)
         inside = [entry for entry in page if last is None or entry[0] <= last]
         yield inside
         if len(inside) < len(page) or not found.get("IsTruncated"):

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from restore_core.errors import ErrorClass, ItemError, StorageError, UsageError
 from restore_core.storage import listing
-from restore_core.storage.base import Object, one_line
+from restore_core.storage.base import GO_ON, Object, one_line
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -32,6 +32,8 @@ PREFLIGHT_SECONDS = 20
 """The same before the work begins, where a wrong endpoint should be told soon."""
 CONDITIONAL_SECONDS, CONDITIONAL_TIMEOUT_SECONDS = 30, 15
 """The same for conditional writes: a lease has to be renewed in time."""
+CREDENTIALS_SECONDS = 30
+"""The same where there are no credentials (a machine's metadata service did not answer in a second, say)."""
 LONGEST_PAUSE_SECONDS = 8.0
 VERSION_TRIES = 5
 """Of reading an object that is replaced meanwhile."""
@@ -105,10 +107,9 @@ class S3Storage:
     def _listed(self, key: str) -> Object | None:
         """The object as a listing shows it now: the first whose key starts so."""
         with _s3_errors("read", self.join(key), "s3:ListBucket"):
-            page = _list(Bucket=self.bucket, Prefix=self.full_key(key), MaxKeys=1)
-        for found in page.get("Contents", []):
-            if found["Key"] == self.full_key(key):
-                return Object(key, found["Size"], found["ETag"].strip('"'))
+            for full_key, size, etag in _first(self.bucket, self.full_key(key)):
+                if full_key == self.full_key(key):
+                    return Object(key, size, etag)
         return None
 
     @contextlib.contextmanager
@@ -233,10 +234,10 @@ class S3Storage:
     def check_readable(self, option: str) -> None:
         try:
             prefix = self.full_key(self.only or "")
-            found = _list(PREFLIGHT_SECONDS, offline=False, Bucket=self.bucket, Prefix=prefix, MaxKeys=1)
+            found = _first(self.bucket, prefix, PREFLIGHT_SECONDS, offline=False)
         except _s3_exceptions() as error:
             raise UsageError(f"{option} {self.uri}: {_describe(error, 's3:ListBucket')}; {_advice(error)}") from error
-        if self.prefix and not found.get("Contents"):
+        if self.prefix and not found:
             raise UsageError(f"{option} {self.uri}: no objects there; check the prefix")
 
     def check_writable(self, option: str) -> None:
@@ -277,28 +278,56 @@ def _patiently(
 ) -> Result:
     """Call with this process's client, and again as long as it fails for a reason that may pass, as `ROUNDS` says.
 
-    With `offline` that includes having no connection. Credentials that have expired are looked up once more.
+    With `offline` that includes having no connection, and having no credentials for a while: a client keeps those that
+    it began with, none too, so another one looks for them. So it does, once, for those that have expired.
     """
-    end, pause = time.monotonic() + seconds, 0.25
+    started, pause = time.monotonic(), 0.25
     for last in (*[False] * (ROUNDS - 1), True):
         try:
-            return call(s3_client() if read_timeout is None else s3_client(read_timeout))
+            return _call(call, s3_client() if read_timeout is None else s3_client(read_timeout))
         except _s3_exceptions() as error:
-            if last or time.monotonic() > end or not (_passing(error, offline) or _expired(error)):
+            if _code(error) in NO_CREDENTIALS and offline:
+                seconds = min(seconds, CREDENTIALS_SECONDS)
+            elif not (_passing(error, offline) or _expired(error)):
                 raise
+            if last or time.monotonic() > started + seconds:
+                raise
+            if _code(error) in NO_CREDENTIALS or _expired(error):
+                s3_client.cache_clear()
             if _expired(error):
                 # A chain that knows when they expire renews them itself; those in a file may have been replaced there.
-                s3_client.cache_clear()
-                end = 0.0
+                seconds = 0.0
                 continue
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
         time.sleep(random.uniform(0, pause))  # noqa: S311
     raise AssertionError("unreachable")
 
 
+def _call(call: "Callable[[S3Client], Result]", client: "S3Client") -> Result:
+    """Botocore says with a bare RuntimeError that renewed credentials have expired too."""
+    from botocore.exceptions import CredentialRetrievalError
+
+    try:
+        return call(client)
+    except RuntimeError as error:
+        if "credentials" not in str(error):
+            raise
+        raise CredentialRetrievalError(provider="the standard chain", error_msg=str(error)) from error
+
+
 def _list(seconds: float = PATIENCE_SECONDS, *, offline: bool = True, **request: Any) -> "ListObjectsV2OutputTypeDef":
     """One page of a listing."""
     return _patiently(lambda client: client.list_objects_v2(**request), seconds, offline=offline)
+
+
+def _first(bucket: str, prefix: str, seconds: float = PATIENCE_SECONDS, *, offline: bool = True) -> listing.Page:
+    """The first object below a prefix, if there is one."""
+    more: dict[str, Any] = {}
+    while True:  # a page may be empty and yet not the last
+        found = _list(seconds, offline=offline, Bucket=bucket, Prefix=prefix, MaxKeys=1, **more)
+        if (page := listing.page_of(found)) or not found.get("IsTruncated"):
+            return page
+        more = {"ContinuationToken": found["NextContinuationToken"]}
 
 
 @functools.cache
@@ -347,13 +376,29 @@ def _region_of(client: "S3Client", bucket: str) -> str | None:
 def is_s3_object(bucket: str, key: str) -> bool:
     """Tell whether `key` is an object and no folder. Failures are left to `require_readable` to explain."""
     try:
-        below = _list(PREFLIGHT_SECONDS, offline=False, Bucket=bucket, Prefix=key + "/", MaxKeys=1)
-        if below.get("Contents"):
-            return False
+        try:
+            if _first(bucket, key + "/", PREFLIGHT_SECONDS, offline=False):
+                return False
+        except _s3_exceptions() as error:
+            if _status(error) != 403:  # who may not list may read it yet
+                raise
         _patiently(lambda client: client.head_object(Bucket=bucket, Key=key), PREFLIGHT_SECONDS, offline=False)
     except _s3_exceptions():
         return False
     return True
+
+
+NO_CREDENTIALS = ("NoCredentialsError", "CredentialRetrievalError", "MetadataRetrievalError", "TokenRetrievalError")
+PASSING = (
+    "RequestTimeout", "ConditionalRequestConflict",
+    # Of the services that give out credentials, with status 400.
+    "Throttling", "ThrottlingException", "IDPCommunicationError",
+)  # fmt: skip
+NO_PERMISSION_MATTER = {
+    "InvalidObjectState": "it is archived; restore it from there first (aws s3api restore-object)",
+    "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
+}
+"""What comes with status 403 too, and what to do."""
 
 
 def _s3_exceptions() -> tuple[type[Exception], ...]:
@@ -373,7 +418,7 @@ def _passing(error: Exception, offline: bool) -> bool:
         return True
     if isinstance(error, (exceptions.ConnectionError, exceptions.HTTPClientError)):
         return offline
-    if _code(error) in ("RequestTimeout", "ConditionalRequestConflict"):
+    if _code(error) in PASSING:
         return True
     return _status(error) in (429, 500, 502, 503, 504)
 
@@ -388,11 +433,15 @@ def _s3_errors(doing: ErrorClass, uri: str, permission: str, verb: str | None = 
         yield
     except _s3_exceptions() as error:
         kind: ErrorClass = doing
-        if _status(error) == 403:
+        if _status(error) == 403 and _code(error) not in NO_PERMISSION_MATTER:
             kind = "denied"
         elif doing == "read" and _status(error) == 404 and _code(error) != "NoSuchBucket":
             kind = "vanished"
-        raise ItemError(kind, one_line(f"cannot {verb or doing} {uri}: {_describe(error, permission)}")) from error
+        why = _describe(error, permission)
+        if _code(error) in NO_CREDENTIALS:
+            why += f"; give this machine some, {GO_ON}"
+        # Not cut off with the uri, which may be long.
+        raise ItemError(kind, f"{one_line(f'cannot {verb or doing} {uri}')}: {why}") from error
 
 
 def _code(error: BaseException) -> str:
@@ -402,8 +451,7 @@ def _code(error: BaseException) -> str:
 
 def _status(error: Exception) -> int:
     """The answer's HTTP status; 403 for bad credentials however they show, 0 without an answer."""
-    bad = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "InvalidToken")
-    if _code(error) in bad or _expired(error):
+    if _code(error) in (*NO_CREDENTIALS, "PartialCredentialsError", "InvalidToken") or _expired(error):
         return 403
     response: dict[str, Any] = getattr(error, "response", None) or {}
     return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
@@ -417,8 +465,10 @@ def _describe(error: Exception, permission: str) -> str:
     if code in ("AccessDenied", "403"):
         named = re.search(r"not authorized to perform: (\w+:\w+)", str(error))
         return f"access denied, {named[1] if named else permission} is missing"
+    if code in NO_PERMISSION_MATTER:
+        return NO_PERMISSION_MATTER[code]
     if _expired(error):
-        return "the credentials have expired; renew them, and the same command goes on"
+        return f"the credentials have expired; renew them, {GO_ON}"
     return one_line(str(error))
 
 

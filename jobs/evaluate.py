@@ -82,6 +82,10 @@ def main(job: Evaluate) -> int:
     rows, worst = evaluation.evaluate(
         plan, data, split=job.split, images=job.images, workers=command_line.worker_count(job.workers)
     )
+    for size in job.sizes:
+        count, most = (len({row["key"] for row in rows if row["size"] in sizes}) for sizes in ((size,), job.sizes))
+        if count < most:
+            print(f"{most - count} of {most} photographs are smaller than {size} pixels and left out there")
     means = evaluation.means(rows)
     result = {
         **provenance.record(),

@@ -43,7 +43,7 @@ class Train:
     seed: int | None = None
     """Run seed."""
     precision: Precision | None = None
-    """auto is bfloat16 where the device computes faster in it (GPUs, CPUs with AMX), else float32."""
+    """auto is bfloat16 where the device computes faster in it (GPUs since Ampere, CPUs with AMX), else float32."""
     workers: str = "auto"
     """Training processes: a number, or auto for every GPU of the cluster, else every CPU but one."""
     min_workers: int | None = None
@@ -60,7 +60,9 @@ class Train:
     def config(self) -> TrainConfig:
         config = PRESETS[self.preset]
         if self.schedule is not None:
-            config = dataclasses.replace(config, phases=parse_schedule(self.schedule))
+            phases = parse_schedule(self.schedule)
+            largest = max(size for phase in phases for size in phase.sizes)
+            config = dataclasses.replace(config, phases=phases, canvas=max(config.canvas, largest))
         if self.learning_rate is not None:
             optimizer = dataclasses.replace(config.optimizer, learning_rate=self.learning_rate)
             config = dataclasses.replace(config, optimizer=optimizer)

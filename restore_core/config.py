@@ -215,9 +215,10 @@ class TrainConfig:
     """Validation photographs damaged in each way after every epoch; at most the whole split."""
     precision: Precision = "auto"
     """Of the network's arithmetic (the weights are float32): auto is bfloat16 where the device computes faster in it
-    (GPUs, CPUs with AMX), else float32."""
+    (GPUs since Ampere, CPUs with AMX), else float32."""
     seed: int = 0
-    """Run seed: with the same data and number of workers it gives the same weights."""
+    """Run seed, 64 bits: with the same data and number of workers it gives the same weights, on CPUs. GPUs do not add
+    up in the same order every time."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "step_pixels", "canvas", "val_size", "val_images"):
@@ -229,6 +230,9 @@ class TrainConfig:
             "whole_share", self.whole_share, "use a share from 0 to 1 - central_share",
         )  # fmt: skip
         require(0 <= self.overlay_share <= 1, "overlay_share", self.overlay_share, "use a share from 0 to 1")
+        for size in (self.val_size, *(size for phase in self.phases for size in phase.sizes)):
+            require(size <= self.canvas, "canvas", self.canvas, f"use {size} or more, the side of the largest samples")
+        require(-(2**63) <= self.seed < 2**63, "seed", self.seed, "use a number of 64 bits")
 
     @property
     def epochs(self) -> int:

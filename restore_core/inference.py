@@ -24,7 +24,7 @@ from restore_core.diagnosis import (
 )
 from restore_core.false_patches import without_false_patches
 from restore_core.metrics import to_uint8
-from restore_core.model import Prediction, each, fewest_values
+from restore_core.model import Prediction, each, exact_float32, fewest_values, gpu_bfloat16
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -44,7 +44,11 @@ BLOCK = 512
 """Side of the squares in which a picture in tiles is diagnosed, pixels."""
 WILD_SHARE = 0.01
 """More than this below -1 or above 2, where 0 is black and 1 is white, is no photograph."""
-OUT_OF_MEMORY = ("allocate memory", "bad_alloc", "out of memory", "could not create a memory", "ALLOC_FAILED")
+OUT_OF_MEMORY = (
+    "allocate memory", "bad_alloc", "out of memory", "could not create a memory", "ALLOC_FAILED",
+    # cuDNN, where none of its algorithms finds the memory that it works in
+    "unable to find an engine", "valid cuDNN algorithm",
+)  # fmt: skip
 """What torch, oneDNN and CUDA call it in exceptions that have no type of their own for it."""
 CPU = torch.device("cpu")
 
@@ -121,7 +125,7 @@ class Restorer:
         device: where the network is.
         repair: the kinds of damage to repair; what the others did stays as it is.
         self_ensemble: average over the image and its mirror image; twice the work.
-        precision: bfloat16 by autocast, or float32; auto is the former on CUDA and the latter on the CPU.
+        precision: bfloat16 by autocast, or float32; auto is the former on GPUs that have it and the latter elsewhere.
 
     Raises UsageError for a choice of `repair` that the network cannot keep apart.
     """
@@ -136,6 +140,7 @@ class Restorer:
         precision: Precision = "auto",
     ) -> None:
         check_repair(folder, repair)
+        exact_float32()
         self.folder = folder
         self.repair = repair
         self.self_ensemble = self_ensemble
@@ -267,7 +272,7 @@ class Restorer:
             # What comes out must not depend on what else there was to do, or a resumed run would write other bytes.
             batch = batch.expand(2, -1, -1, -1)
         x = (batch.float() / 255).contiguous(memory_format=torch.channels_last)
-        fast = device.type == "cuda" if self.precision == "auto" else self.precision == "bfloat16"
+        fast = gpu_bfloat16(device) if self.precision == "auto" else self.precision == "bfloat16"
         with torch.autocast(device.type, torch.bfloat16, enabled=fast):
             prediction = self.network(device)(x)
         return each(lambda part: part[:count].float(), prediction)

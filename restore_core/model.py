@@ -195,6 +195,19 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     return F.pad(image, (0, right, 0, below), mode="replicate") if below or right else image
 
 
+def gpu_bfloat16(device: torch.device) -> bool:
+    """Whether it is a GPU with bfloat16 convolutions: before Ampere (compute capability 8) cuDNN has none.
+
+    `torch.cuda.is_bf16_supported` says yes of older ones too, since it counts what is emulated.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def exact_float32() -> None:
+    """On GPUs float32 is float32, and not TF32 with its 10 bits of mantissa, which cuDNN takes unless told."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 

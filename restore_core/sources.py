@@ -24,8 +24,9 @@ from restore_core.errors import ItemError, StorageError, UsageError
 from restore_core.storage import Storage, key_of
 
 TAR_BUFFER_BYTES = 8 * 2**20
-OPTIONS_FILE, BROKEN_FILE = "_pack/options.json", "_pack/broken.csv"
-"""What jobs/pack_dataset.py writes beside a dataset: how it was made, and what could not be read."""
+OPTIONS_FILE, BROKEN_FILE, UNFINISHED_FILE = "_pack/options.json", "_pack/broken.csv", "_pack/unfinished"
+"""What jobs/pack_dataset.py writes beside a dataset: how it was made, what could not be read; and the last while it is
+at work, since some shards may be of an earlier packing then, which put people into other splits."""
 TRAIN, VALIDATION, TEST = "train", "val", "test"
 
 DATASET_SCHEMA = pa.schema(
@@ -141,7 +142,10 @@ def _tar_members(storage: Storage, key: str) -> Iterator[Found]:
 
 def parquet_files(storage: Storage, option: str) -> list[str]:
     """Keys of the Parquet files in a folder or prefix, sorted. Raises UsageError when there are none."""
-    keys = sorted(item.key for item in storage.list() if item.key.endswith(".parquet") and not is_internal(item.key))
+    found = [item.key for item in storage.list()]
+    if UNFINISHED_FILE in found:
+        raise UsageError(f"{option} {storage.uri}: jobs/pack_dataset.py did not finish there; run it again")
+    keys = sorted(key for key in found if key.endswith(".parquet") and not is_internal(key))
     if not keys:
         raise UsageError(f"{option} {storage.uri}: no .parquet files there; make some with jobs/pack_dataset.py")
     return keys
@@ -150,7 +154,9 @@ def parquet_files(storage: Storage, option: str) -> list[str]:
 def is_internal(key: str) -> bool:
     """Files that our own jobs keep beside their output: ledger and report, and what was packed with which options."""
     *folders, _ = key.split("/")
-    return manifest.FOLDER in folders or f"/{key}".endswith((f"/{OPTIONS_FILE}", f"/{BROKEN_FILE}"))
+    return manifest.FOLDER in folders or f"/{key}".endswith(
+        (f"/{OPTIONS_FILE}", f"/{BROKEN_FILE}", f"/{UNFINISHED_FILE}")
+    )
 
 
 @contextmanager

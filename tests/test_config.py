@@ -78,6 +78,8 @@ BAD = [
     (TrainConfig, "canvas", 0, "--canvas 0: use 1 or more"),
     (TrainConfig, "val_size", -3, "--val-size -3: use 1 or more"),
     (TrainConfig, "val_images", 0, "--val-images 0: use 1 or more"),
+    (TrainConfig, "canvas", 47, "--canvas 47: use 64 or more, the side of the largest samples"),
+    (TrainConfig, "seed", 2**63, f"--seed {2**63}: use a number of 64 bits"),
     (TrainConfig, "crop_min", 0, "--crop-min 0: use a share above 0, up to 1"),
     (TrainConfig, "crop_min", 1.01, "--crop-min 1.01: use a share above 0, up to 1"),
     (TrainConfig, "whole_share", 0.3, "--whole-share 0.3: use a share from 0 to 1 - central_share"),
@@ -97,7 +99,7 @@ def test_values_at_the_ends_of_their_ranges_are_good() -> None:
     OptimizerConfig(weight_decay=0, warmup_steps=0, ema_decay=0, gate_weight=0)
     AutoencoderConfig(depth=1, base_channels=1, kernel_size=5, dropout=0)
     ResidualUNetConfig(channels=(1,), blocks=(1,))
-    TrainConfig(batch_size=1, canvas=1, crop_min=1, val_size=1, val_images=1)
+    TrainConfig(batch_size=1, canvas=48, crop_min=1, val_size=1, val_images=1, seed=-(2**63))
 
 
 def test_configs_cannot_be_changed() -> None:

@@ -1,6 +1,7 @@
 """The evaluation against scikit-image, and what it refuses."""
 
 import csv
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +103,27 @@ def test_a_folder_of_photographs_can_be_measured(local_ray: None, tmp_path: Path
     rows = json.loads((tmp_path / "out/quality.json").read_text())["rows"]
     assert [(row["method"], row["images"]) for row in rows] == [("identity", 1), (str(small_model(1)), 1)]
     assert rows[0]["psnr"] < 20
+
+
+@pytest.mark.ray
+def test_of_many_photographs_the_first_ones_are_measured(
+    local_ray: None, tmp_path: Path, small_model: Models, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever is decoded first; and none is enlarged to a size that it does not have."""
+    files = {f"{n:02d}.png": encoded(n, 40 + 9 * n, 60 + 3 * n, "PNG") for n in range(20)}
+    photos = write_tree(tmp_path / "photos", {**files, "_restore/manifest/a.parquet": b"another job's"})
+    job = Evaluate(
+        data=str(photos), output=str(tmp_path / "out"), model=(str(small_model(1)),), sizes=(24, 64),
+        damages=("noise_50",), images=10, workers="2",
+    )  # fmt: skip
+    assert evaluate.main(job) == 0
+    with (tmp_path / "out/quality.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    measured = {size: {row["key"] for row in rows if row["size"] == size} for size in ("24", "64")}
+    assert measured == {"24": set(list(files)[:10]), "64": set(list(files)[3:10])}
+    assert "3 of 10 photographs are smaller than 64 pixels and left out there" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="--workers 9: the cluster has 3 CPUs; use --workers 3 or add nodes"):
+        evaluate.main(dataclasses.replace(job, workers="9"))
 
 
 def test_median_is_scikit_images() -> None:

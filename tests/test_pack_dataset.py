@@ -18,8 +18,11 @@ from PIL import Image
 
 from jobs import command_line
 from jobs.pack_dataset import PackDataset, main
+from restore_core import sources
+from restore_core.errors import UsageError
+from restore_core.pipelines import packing
 from restore_core.sources import DATASET_SCHEMA, split_of
-from restore_core.storage import Storage, open_storage
+from restore_core.storage import LocalStorage, Storage, open_storage
 from tests.photos import encoded, header_of, people, tar_of, write_tree
 
 ROOT = Path(__file__).parent.parent
@@ -201,6 +204,31 @@ def test_packing_twice_gives_the_same_bytes_and_no_leftovers(pack: Cli, tmp_path
     (output / "notes.txt").write_text("not ours")
     pack(*arguments)
     assert content(output) == {**first, "notes.txt": b"not ours"}
+
+
+def test_a_dataset_whose_packing_was_interrupted_is_not_used(
+    pack: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the shards of an earlier one, which had other people in each split."""
+    source, output = write_tree(tmp_path / "in", FILES), tmp_path / "out"
+    pack("--input", source, "--output", output, "--val-share", 0.4)
+    write = LocalStorage.write
+
+    def killed(self: LocalStorage, key: str, data: bytes, content_type: str | None = None) -> None:
+        if key.startswith("val"):
+            raise KeyboardInterrupt
+        write(self, key, data, content_type)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(LocalStorage, "write", killed)
+        packing.pack(
+            [LocalStorage(source)], LocalStorage(output), packing.Splits(val_share=0.6, test_share=0, lists={}), {}
+        )
+    with pytest.raises(UsageError, match=rf"^--data {output}: jobs/pack_dataset.py did not finish there; run it again"):
+        sources.parquet_files(LocalStorage(output), "--data")
+    pack("--input", source, "--output", output, "--val-share", 0.6)
+    assert sources.parquet_files(LocalStorage(output), "--data")
+    assert rows(output).keys() == FILES.keys()
 
 
 def test_splits_are_stable_when_people_come_and_go(pack: Cli, tmp_path: Path) -> None:

@@ -266,6 +266,17 @@ def test_the_same_name_with_other_options_is_refused(finished: Path, run: Run) -
         run(finished.parent, "first", learning_rate=0.5, schedule=SCHEDULE)
 
 
+def test_the_same_name_with_other_data_is_refused(finished: Path, run: Run) -> None:
+    """Packed again into the same place: whom a model was trained on may be in another split now."""
+    options = json.loads((finished / "options.json").read_text())
+    (finished / "options.json").write_text(json.dumps(options | {"shards": "of others"}))
+    try:
+        with pytest.raises(UsageError, match=r"exists with other options \(shards was of others, is now"):
+            run(finished.parent, "first", schedule=SCHEDULE)
+    finally:
+        (finished / "options.json").write_text(json.dumps(options, indent=2))
+
+
 def test_more_workers_than_there_are_is_refused(run: Run, tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match=r"^--workers 9: the cluster has 3 CPUs, of which Ray Data needs one; use --wor"
@@ -282,7 +293,8 @@ def test_more_workers_than_there_are_is_refused(run: Run, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("cpus", "gpus", "batch", "count"), [(1, None, 8, 1), (4, None, 16, 2), (8, None, 16, 4),
-                         (16, None, 32, 8), (16, 3, 32, 2), (16, 8, 32, 8), (9, None, 7, 7)])  # fmt: skip
+                         (16, None, 32, 8), (16, 3, 32, 2), (16, 8, 32, 8), (9, None, 7, 7),
+                         (4, 8, 32, 2), (1, 1, 8, 1)])  # fmt: skip
 def test_workers_by_themselves_share_the_batch_evenly(cpus: int, gpus: int | None, batch: int, count: int) -> None:
     from restore_core.pipelines.training import worker_count
 

@@ -18,6 +18,7 @@ from processes import wait_for
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from jobs.train import Train
 from restore_core.config import (
     AutoencoderConfig,
     DamageConfig,
@@ -27,8 +28,17 @@ from restore_core.config import (
     parse_schedule,
 )
 from restore_core.degradations import Generator, seed_of
-from restore_core.errors import DivergedError
-from restore_core.trainer import VALIDATION, Photographs, Trainer, central_crops, random_crops, resize_crops
+from restore_core.errors import DivergedError, UsageError
+from restore_core.model import gpu_bfloat16
+from restore_core.trainer import (
+    VALIDATION,
+    Photographs,
+    Trainer,
+    central_crops,
+    fast_bfloat16,
+    random_crops,
+    resize_crops,
+)
 from tests import photos
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -273,16 +283,54 @@ def test_learning_rate_warms_up_and_reaches_zero_after_the_last_step() -> None:
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=4)
     trainer = Trainer(dataclasses.replace(TINY, optimizer=optimizer), steps_per_epoch=5)
     rates = []
-    for _ in range(20):
-        trainer.step(photographs(2), 16)
+    for step in range(20):
+        trainer.epoch = step // 5
+        trainer.step(photographs(2), 16, step % 5 / 5)
         rates.append(trainer.optimizer.param_groups[0]["lr"])
     cosine = [0.5 * (1 + math.cos(math.pi * step / 20)) for step in range(20)]
     warmup = [0.25, 0.5, 0.75] + [1.0] * 17
     assert rates == pytest.approx([1e-2 * w * c for w, c in zip(warmup, cosine, strict=True)])
     before = state(trainer)
+    trainer.epoch = 4
     trainer.step(photographs(2), 16)
     assert trainer.optimizer.param_groups[0]["lr"] == 0
     assert_same(*({k: v for k, v in s.items() if k.startswith("model.")} for s in (before, state(trainer))))
+
+
+def test_the_learning_rate_goes_by_epochs_where_workers_are_lost() -> None:
+    """Steps are smaller then, and more of them; the rate must not be zero long before the end."""
+    config = dataclasses.replace(TINY, optimizer=OptimizerConfig(warmup_steps=0), phases=parse_schedule("16:4"))
+    rates = []
+    for size in (4, 2):
+        trainer = Trainer(config, steps_per_epoch=8 // size)
+        rates.append([trainer.train_epoch(batches(photographs(8), size))["learning_rate"] for _ in range(4)])
+    last_steps = [
+        [0.5 * (1 + math.cos(math.pi * (epoch + share) / 4)) for epoch in range(4)] for share in (1 / 2, 3 / 4)
+    ]
+    assert rates == [pytest.approx([1e-3 * rate for rate in row]) for row in last_steps]
+
+
+@pytest.mark.parametrize(("capability", "able"), [((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_old_gpus_have_no_bfloat16(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], *, able: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert fast_bfloat16(torch.device("cuda")) is able
+    assert gpu_bfloat16(torch.device("cuda")) is able
+    assert not gpu_bfloat16(torch.device("cpu"))
+
+
+def test_float32_is_float32_on_gpus_too() -> None:
+    torch.backends.cudnn.allow_tf32 = True
+    Trainer(TINY, 1)
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_samples_larger_than_the_canvas_are_refused() -> None:
+    with pytest.raises(UsageError, match="--canvas 256: use 512 or more, the side of the largest samples"):
+        TrainConfig(phases=parse_schedule("48:1,512:1"))
+    assert Train(data="d", storage="s", schedule="48:1,512:1").config().canvas == 512
+    assert Train(data="d", storage="s", schedule="48:1").config().canvas == 256
+    with pytest.raises(UsageError, match=r"--seed \d+: use a number of 64 bits"):
+        Train(data="d", storage="s", seed=2**70).config()
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
@@ -347,7 +395,8 @@ def test_sample_sizes_depend_on_seed_epoch_and_step_alone() -> None:
 
 
 def test_large_samples_are_fewer_in_a_step() -> None:
-    trainer = Trainer(dataclasses.replace(TINY, step_pixels=4 * 16**2, phases=parse_schedule("16:1,32:1,64:1")), 2)
+    phases = parse_schedule("16:1,32:1,64:1")
+    trainer = Trainer(dataclasses.replace(TINY, step_pixels=4 * 16**2, phases=phases, canvas=64), 2)
     data = photographs(6)
     sizes = [len(trainer.fitting(data, size)) for size in (8, 16, 17, 32, 64)]
     assert sizes == [6, 4, 3, 1, 1]
@@ -359,7 +408,7 @@ def test_an_epoch_reports_what_it_did() -> None:
     twin = Trainer(trainer.config, 3)
     data = photographs(10)  # the last batch is a half one
     row = trainer.train_epoch(batches(data, 4))
-    losses = [twin.step(batch, 16).item() for batch in batches(data, 4)]
+    losses = [twin.step(batch, 16, step / 3).item() for step, batch in enumerate(batches(data, 4))]
     assert figures(row) == {
         "epoch": 1, "size": 16, "steps": 3, "learning_rate": trainer.optimizer.param_groups[0]["lr"],
         "samples": 10, "train_loss": pytest.approx(np.mean(losses), abs=1e-6),

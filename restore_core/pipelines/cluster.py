@@ -122,6 +122,13 @@ def _python_path() -> list[str]:
     return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
+def in_order() -> ray.data.ExecutionOptions:
+    """Blocks in the order of what they are made from, so that the same photographs come first each time."""
+    options = ray.data.ExecutionOptions()
+    options.preserve_order = True
+    return options
+
+
 def resources() -> tuple[int, int]:
     """CPUs and GPUs for work: as many as there are now, or as the cluster can come to have by itself, if that is more.
 

@@ -61,6 +61,8 @@ def pack(inputs: list[Storage], output: Storage, splits: Splits, options: dict[s
         sink = pa.BufferOutputStream()
         table = pa.Table.from_pylist(waiting.pop(split), schema=sources.DATASET_SCHEMA)
         pq.write_table(table, sink, row_group_size=ROW_GROUP_ROWS, compression="none")  # photographs do not compress
+        if not shards:
+            output.write(sources.UNFINISHED_FILE, b"")
         output.write(f"{split}-{shards[split]:05d}.parquet", sink.getvalue().to_pybytes())
         shards[split] += 1
 
@@ -103,6 +105,7 @@ def pack(inputs: list[Storage], output: Storage, splits: Splits, options: dict[s
     csv.writer(table).writerows([("key", "error", "message"), *result.broken])
     output.write(sources.BROKEN_FILE, table.getvalue().encode("utf-8", "backslashreplace"))
     output.write(sources.OPTIONS_FILE, json.dumps(options, indent=2).encode())
+    output.delete(sources.UNFINISHED_FILE)
     return result
 
 

@@ -1,6 +1,7 @@
 """Ray Train around the trainer: data ingest, workers, checkpoints, resume, and the finished model folder."""
 
 import csv
+import hashlib
 import io
 import json
 import tempfile
@@ -78,7 +79,7 @@ def prepare(config: TrainConfig, data: Storage, folder: Storage, initial: checkp
     for split in (sources.TRAIN, sources.VALIDATION):
         if not len(sources.read_split(data, "--data", split, config.canvas, limit=1)):
             raise UsageError(f"--data {data.uri}: no photograph in split {split!r} can be decoded; pack it again")
-    options = _options(config, data, initial)
+    options = _options(config, data, initial, photographs)
     if folder.exists(OPTIONS_FILE):
         older = json.loads(folder.read(OPTIONS_FILE))
         for name, value in options.items():
@@ -124,7 +125,7 @@ def train(
         threads=threads,
         photographs=photographs,
     )
-    folder.write(OPTIONS_FILE, json.dumps(_options(config, data, initial), indent=2).encode())
+    folder.write(OPTIONS_FILE, json.dumps(_options(config, data, initial, photographs), indent=2).encode())
     filesystem, path = folder.filesystem()
     result = ray.train.torch.TorchTrainer(
         _worker,
@@ -145,7 +146,7 @@ def train(
             failure_config=ray.train.FailureConfig(max_failures=3 if min_workers is None else 30),
         ),
         datasets={"train": _dataset(run)},
-        dataset_config=ray.train.DataConfig(execution_options=_in_order()),
+        dataset_config=ray.train.DataConfig(execution_options=cluster.in_order()),
     ).fit()
     if result.error:
         raise result.error
@@ -160,10 +161,12 @@ def worker_count(wanted: int | None, batch_size: int, *, cpus: int, gpus: int | 
 
     `gpus` is None for training on CPUs. Raises UsageError when the wanted number does not work.
     """
-    most = max(1, cpus - 1) if gpus is None else gpus  # Ray Data needs a CPU for itself, or all wait for ever
+    # Ray Data needs a CPU for itself, or all wait for ever; each worker takes one, with a GPU too.
+    most = max(1, cpus - 1 if gpus is None else min(gpus, cpus - 1))
     count = wanted or next(number for number in range(most, 0, -1) if batch_size % number == 0)
     if count > most:
-        have = f"{cpus} CPUs, of which Ray Data needs one" if gpus is None else f"{gpus} GPUs"
+        have = "" if gpus is None else f"{gpus} GPUs and "
+        have += f"{cpus} CPUs, of which Ray Data needs one"
         raise UsageError(f"--workers {count}: the cluster has {have}; use --workers {most} or add nodes")
     if batch_size % count:
         raise UsageError(f"--batch-size {batch_size}: not a multiple of the {count} workers; choose a multiple")
@@ -183,7 +186,7 @@ def _worker(loop_config: dict[str, Any]) -> str | None:
     share = config.batch_size // workers  # rounded down where workers were lost: smaller steps, some more of them
     trainer = Trainer(
         config,
-        steps_per_epoch=run.photographs // config.batch_size,
+        steps_per_epoch=run.photographs // (share * workers),
         device=ray.train.torch.get_device(),
         distribute=ray.train.torch.prepare_model,
     )
@@ -282,7 +285,7 @@ def _dataset(run: TrainRun) -> ray.data.Dataset:
     def decode(table: pa.Table) -> pa.Table:
         return sources.decode_rows(table, sources.TRAIN, canvas)
 
-    ray.data.DataContext.get_current().execution_options = _in_order()
+    ray.data.DataContext.get_current().execution_options = cluster.in_order()
     with sources.open_parquet(run.data, keys[0], "--data") as file:
         columns = sources.dataset_columns(file.schema_arrow)
     dataset = ray.data.read_parquet(files, filesystem=filesystem).select_columns(columns)
@@ -291,13 +294,6 @@ def _dataset(run: TrainRun) -> ray.data.Dataset:
     room = ray.cluster_resources().get("object_store_memory", 0)
     # Decoded once where that leaves most of Ray's memory free, else again in every epoch.
     return dataset.materialize() if most_bytes < room * DECODED_SHARE else dataset
-
-
-def _in_order() -> ray.data.ExecutionOptions:
-    """Blocks in the order of the files, so that the same seed sees the same samples in the same order."""
-    options = ray.data.ExecutionOptions()
-    options.preserve_order = True
-    return options
 
 
 def _finish(run: TrainRun, state: Path, cuda: bool) -> Trained:
@@ -364,8 +360,18 @@ def hardware(cuda: bool) -> str:
     return f"{gpus} x {' / '.join(cards)}" if cuda else f"{cpus} CPUs in the cluster; driver on {provenance.cpu()}"
 
 
-def _options(config: TrainConfig, data: Storage, initial: checkpoint.ModelFolder | None) -> dict[str, Any]:
-    return {"config": to_dict(config), "data": data.uri, "init": _identity(initial)}
+def _options(
+    config: TrainConfig, data: Storage, initial: checkpoint.ModelFolder | None, photographs: int
+) -> dict[str, Any]:
+    """What a run that is gone on with has to have in common with the one that was begun."""
+    shards = sorted((item.key, item.size) for item in data.list() if item.key.endswith(".parquet"))
+    return {
+        "config": to_dict(config),
+        "data": data.uri,
+        "photographs": photographs,
+        "shards": hashlib.sha256(json.dumps(shards).encode()).hexdigest(),  # packed again they have other sizes
+        "init": _identity(initial),
+    }
 
 
 def _identity(model: checkpoint.ModelFolder | None) -> dict[str, str] | None:

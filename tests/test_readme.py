@@ -66,7 +66,7 @@ def test_local_commands_in_their_order(
     for command in job_commands():
         extra = {
             "train": ["--preset", "smoke"],
-            "evaluate": ["--images", "2", "--sizes", "16"],
+            "evaluate": ["--images", "2", "--sizes", "0"],
             "search": ["--variants", "base", "--epochs", "1", "--size", "16", "--images", "8", "--batch-size", "8"],
         }
         module, job = parse([*command, *extra.get(Path(command[1]).stem, [])])

@@ -126,7 +126,7 @@ def samples(photographs: pa.Table, plan: Plan) -> Iterator[list[Sample]]:
     singles = _singles(photographs)
     for size in plan.sizes:
         # Enlarged, a smaller one would be smoother than photographs are, and easier to restore.
-        clean = {single.keys[0]: _at_size(single, size) for single in singles if _sides(single) >= size}
+        clean = {single.keys[0]: _at_size(single, size) for single in singles if _shorter_side(single) >= size}
         for damage in plan.damages:
             yield [_sample(key, size, damage, image) for key, image in clean.items()]
 
@@ -139,7 +139,7 @@ def _singles(table: pa.Table) -> list[Photographs]:
     ]
 
 
-def _sides(single: Photographs) -> int:
+def _shorter_side(single: Photographs) -> int:
     return int(min(single.height[0], single.width[0]))
 
 
@@ -208,7 +208,8 @@ def evaluate(
     ]
     if not rows:
         raise UsageError(
-            f"--data {data.uri}: none of its photographs (--split {split}) can be decoded; pack them again"
+            f"--data {data.uri}: none of its photographs (--split {split}) can be decoded, or all are smaller than "
+            f"--sizes {' '.join(map(str, plan.sizes))}; pack them again, or name smaller sizes"
         )
     order = {name: index for index, name in enumerate((*plan.sizes, *plan.damages))}
     rows.sort(key=lambda row: (order[row["size"]], order[row["damage"]]))  # else as the photographs came

@@ -213,7 +213,7 @@ stopped: interrupted; the same command goes on from here
 TRAIN = r"""
 \d+ photographs, \d+ epochs, run folder .*
 epoch \d+/\d+: \d+ of \d+ photographs, \d+ samples/s, about \d+ min left
-epoch \d+/\d+ at \d+ px: loss \d.*, \d+ samples/s, about \d+ min left
+epoch \d+/\d+ at \d+ px: loss \d.*, \d+ samples/s, workers: \d+, about \d+ min left
 interrupted; the same command goes on from here
 model: .*
 look at: .*
@@ -278,7 +278,7 @@ def test_every_job(head: Head, packed: Path, model: Path, tmp_path: Path, job: s
                   "--workers", 1),
         "search": ("--data", packed, "--output", tmp_path / "o", "--variants", "base", "--epochs", 1, "--size", 16,
                    "--images", 8, "--batch-size", 8),
-        "evaluate": ("--data", packed, "--output", tmp_path / "o", "--model", model, "--images", 2, "--sizes", 16,
+        "evaluate": ("--data", packed, "--output", tmp_path / "o", "--model", model, "--images", 2, "--sizes", 0,
                      "--workers", 1),
         "restore_bucket": ("--input", photos, "--output", tmp_path / "o", "--model", model, "--workers", 1),
         "demo": ("--output", tmp_path / "o", "--model", model),

@@ -222,8 +222,10 @@ def aws(settings: dict[str, Any], arguments: list[str]) -> int:
         if values[0].startswith("file://"):
             values = [Path(values[0].removeprefix("file://")).read_text()]
         if name == "Filters":
-            pairs = [dict(part.split("=") for part in value.split(",")) for value in values]
-            parameters[name] = [{"Name": pair["Name"], "Values": [pair["Values"]]} for pair in pairs]
+            pairs = [value.removeprefix("Name=").split(",Values=") for value in values]
+            parameters[name] = [{"Name": key, "Values": wanted.split(",")} for key, wanted in pairs]
+        elif shape[name].type_name == "structure":
+            parameters[name] = json.loads(values[0])
         else:
             parameters[name] = values if shape[name].type_name == "list" else values[0]
     answer = getattr(client, operation.replace("-", "_"))(**parameters)

@@ -212,7 +212,7 @@ def aws(settings: dict[str, Any], arguments: list[str]) -> int:
         parameters: dict[str, Any] = {"IpPermissions": [rule]}
     else:
         parameters = {}
-    client = boto3.session.Session().client(service)
+    client = boto3.session.Session().client("s3" if service == "s3api" else service)
     for option, values in options.items():
         name = "".join(part.capitalize() for part in option.removeprefix("--").split("-"))
         shape = client.meta.service_model.operation_model(

@@ -15,6 +15,8 @@ from restore_core.model import Prediction
 
 SMALLEST = 40
 """Smaller regions are what they were taken for, pixels."""
+SOLID = 9
+"""A painted square of this side that has exactly one colour is a patch, or a part of one, pixels."""
 FLAT, FLAT_SHARE = 2, 0.9
 """A patch of one colour: so many of its pixels are no further from their median, of 255."""
 STEP, STEP_SHARE = 20, 0.4
@@ -79,12 +81,14 @@ def _false_patches(image: npt.NDArray[np.uint8], painted: Mask) -> Mask:
 
 
 def _solid(image: npt.NDArray[np.uint8], painted: Mask) -> Mask:
-    """Pixels that lie in 5x5 painted ones of exactly one colour: those of patches, whatever they grew together with."""
+    """Pixels that lie in a painted square of exactly one colour: those of patches, whatever they grew together with."""
     result = np.zeros_like(painted)
     (around,) = ndimage.find_objects(painted.astype(np.int8))
-    least, most = (extreme(image[around], (5, 5, 1)) for extreme in (ndimage.minimum_filter, ndimage.maximum_filter))
-    whole = ndimage.minimum_filter(painted[around], 5) & (least == most).all(axis=2)
-    result[around] = ndimage.binary_dilation(whole, np.ones((5, 5), bool))
+    least, most = (
+        extreme(image[around], (SOLID, SOLID, 1)) for extreme in (ndimage.minimum_filter, ndimage.maximum_filter)
+    )
+    whole = ndimage.minimum_filter(painted[around], SOLID) & (least == most).all(axis=2)
+    result[around] = ndimage.binary_dilation(whole, np.ones((SOLID, SOLID), bool))
     return result
 
 

@@ -13,14 +13,16 @@ from torch import Tensor
 from restore_core.diagnosis import destroyed_pixels
 from restore_core.model import Prediction
 
-SMALLEST = 40
-"""Smaller regions are what they were taken for, pixels."""
+SMALLEST = 1000
+"""Smaller regions are what they were taken for, pixels: what JPEG leaves around a patch is not flat either."""
 SOLID = 9
 """A painted square of this side that has exactly one colour is a patch, or a part of one, pixels."""
 FLAT, FLAT_SHARE = 2, 0.9
 """A patch of one colour: so many of its pixels are no further from their median, of 255."""
 STEP, STEP_SHARE = 20, 0.4
 """A border: along so much of it the means of both sides are further apart, of 255."""
+STEP_MEDIAN = 5
+"""Or they are further apart along half of it: under noise, flips and then without colour steps are small."""
 OUTLIER = 50
 """A single pixel in what is no patch that is further from the median around it counts as flipped, of 255."""
 REACH = 8
@@ -106,7 +108,7 @@ def _has_border(pixels: npt.NDArray[np.float32], region: Mask, painted: Mask) ->
     (inside, some), (outside, others) = (_means(pixels, part) for part in (inner, far & ~near & ~painted))
     border = region & ~ndimage.binary_erosion(region, SQUARE, border_value=1) & (some > 5) & (others > 5)
     steps = np.abs(inside - outside).max(axis=2)[border]
-    return len(steps) <= 8 or bool((steps > STEP).mean() >= STEP_SHARE)
+    return len(steps) <= 8 or bool((steps > STEP).mean() >= STEP_SHARE or np.median(steps) > STEP_MEDIAN)
 
 
 def _means(pixels: npt.NDArray[np.float32], part: Mask) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:

@@ -71,6 +71,27 @@ def test_a_patch_under_noise_and_flips_is_known_by_its_border() -> None:
     assert (restored[HERE] == 255).all()
 
 
+def test_a_patch_that_has_lost_its_colour_is_known_by_small_steps() -> None:
+    image = sky()
+    random = np.random.default_rng(1)
+    image[HERE] = np.mean(image[HERE], axis=(0, 1)) + 14
+    noisy = (image.mean(axis=2, keepdims=True).repeat(3, 2) + random.normal(0, 12, image.shape)).clip(0, 255)
+    restored, _ = second_look(noisy.astype(np.uint8))
+    assert (restored[HERE] == 255).all()
+
+
+def test_a_small_region_is_what_it_was_taken_for() -> None:
+    """As what JPEG leaves around a patch."""
+    damaged = torch.from_numpy(sky()).permute(2, 0, 1)[None]
+    survival = torch.full((1, 1, 96, 128), 5.0)
+    survival[:, :, 20:50, 30:60] = -5.0
+    result, after = without_false_patches(
+        damaged, Prediction(torch.ones(1, 3, 96, 128), survival.clone(), damaged / 255)
+    )
+    assert (result == 1).all()
+    assert torch.equal(after, survival)  # type: ignore[arg-type]
+
+
 def test_the_middle_of_a_patch_has_no_border() -> None:
     image = np.random.default_rng(2).integers(0, 99, (96, 128, 3)).astype(np.uint8)
     damaged = torch.from_numpy(image).permute(2, 0, 1)[None]

@@ -202,6 +202,28 @@ def test_a_photograph_among_parquet_is_listed(tmp_path: Path) -> None:
     assert [item.key for item in list_input(place).objects] == ["_pack/options.json", "ok.parquet", "z/_scans/a.jpg"]
 
 
+def test_parquet_that_is_replaced_while_it_is_listed_has_its_former_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the worker sees that it is another one; the other way new rows would come out under old keys."""
+    file, stat = tmp_path / "a.parquet", LocalStorage.stat
+
+    def written(key: str) -> None:
+        pq.write_table(pa.table({"key": [key], "image": pa.array([b"x"], pa.binary())}), file)
+
+    def replaced_meanwhile(self: LocalStorage, key: str) -> Object:
+        found = stat(self, key)
+        written("new")
+        return found
+
+    written("old")
+    monkeypatch.setattr(LocalStorage, "stat", replaced_meanwhile)
+    groups = list_input(LocalStorage(tmp_path)).groups
+    assert groups is not None
+    assert groups.groups[0].keys.to_pylist() == ["new"]
+    assert groups.groups[0].file.etag != f"{file.stat().st_mtime_ns:x}"
+
+
 def test_an_input_of_nothing_is_refused() -> None:
     with pytest.raises(UsageError, match="--input s3://many: no files there"):
         list_input(Keys(iter(["_restore/run.json"])))  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """Both storages answer alike: the same tests run on a local folder and on a real S3 endpoint (moto on loopback)."""
 
+import functools
 import os
 import pickle
 import subprocess
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import boto3
@@ -459,8 +461,8 @@ def test_s3_credentials_that_come_a_little_later(
     monkeypatch.setattr(storage.s3, "CREDENTIALS_SECONDS", 0)
     message = fails("denied", place.read, "a.jpg")
     assert message == (
-        "cannot read s3://photos/a.jpg: Unable to locate credentials; give this machine some, "
-        "and the same command goes on"
+        "cannot read s3://photos/a.jpg: Unable to locate credentials; give this machine credentials "
+        "that work, and the same command goes on"
     )
     assert message.endswith(storage.GO_ON)
     assert fails("denied", place.read, "x" * 1024).endswith(storage.GO_ON)
@@ -485,6 +487,48 @@ def test_s3_refreshed_credentials_that_have_expired(s3: str, monkeypatch: pytest
     assert "still expired" in message and message.endswith(storage.GO_ON)
 
 
+def client_error(code: str, status: int) -> botocore.exceptions.ClientError:
+    response = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return botocore.exceptions.ClientError(response, "Operation")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        client_error("RequestTimeTooSkewed", 403),
+        client_error("InvalidAccessKeyId", 403),
+        client_error("ExpiredToken", 400),
+        botocore.exceptions.UnauthorizedSSOTokenError(),
+        botocore.exceptions.ProfileNotFound(profile="nobody"),
+    ],
+    ids=str,
+)
+def test_s3_what_is_wrong_with_a_machine_is_said_of_no_object(
+    s3: str, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(storage.s3, "s3_client", functools.cache(lambda *_: SimpleNamespace(get_object=fail)))
+    assert fails("denied", S3Storage("photos").read, "a.jpg").endswith(storage.GO_ON)
+
+
+def test_s3_expired_credentials_are_told_of_an_answer_without_a_body(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 answers HEAD by the status alone."""
+
+    def head(**_: object) -> None:
+        raise client_error("400", 400)
+
+    def listing(**_: object) -> None:
+        raise client_error("ExpiredToken", 400)
+
+    client = SimpleNamespace(head_object=head, list_objects_v2=listing)
+    monkeypatch.setattr(storage.s3, "s3_client", functools.cache(lambda *_: client))
+    assert fails("denied", S3Storage("photos").stat, "a.parquet").endswith(storage.GO_ON)
+    client.list_objects_v2 = lambda **_: {}
+    assert "Operation" in fails("read", S3Storage("photos").stat, "a.parquet")
+
+
 def test_s3_archived_objects_are_no_matter_of_permissions(s3: str, moto_client: "S3Client") -> None:
     moto_client.put_object(Bucket="photos", Key="old.jpg", Body=b"x", StorageClass="GLACIER")
     assert fails("read", S3Storage("photos").read, "old.jpg") == (
@@ -496,10 +540,7 @@ def test_s3_an_object_is_found_by_who_may_not_list(s3: str, monkeypatch: pytest.
     S3Storage("photos").write("lists/todo.txt", b"a.jpg")
 
     def denied(**_: object) -> None:
-        raise botocore.exceptions.ClientError(
-            {"Error": {"Code": "AccessDenied", "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": 403}},  # type: ignore[typeddict-item]
-            "ListObjectsV2",
-        )
+        raise client_error("AccessDenied", 403)
 
     monkeypatch.setattr(storage.s3.s3_client(), "list_objects_v2", denied)
     place = open_storage("s3://photos/lists/todo.txt")

@@ -6,7 +6,7 @@ method.
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -193,7 +193,7 @@ def evaluate(
     ray.data.DataContext.get_current().execution_options = cluster.in_order()
     # Half of the CPUs stay free for reading and decoding, or everything would wait for ever.
     shares = {"num_gpus": 1 if plan.device == "cuda" else 0, "num_cpus": 0.5}
-    photographs = _photographs(data, split).limit(images).repartition(target_num_rows_per_block=BATCH)
+    photographs = _photographs(data, split, images).repartition(target_num_rows_per_block=BATCH)
     dataset = photographs.map_batches(
         Evaluator,
         fn_constructor_args=(plan,),
@@ -213,7 +213,7 @@ def evaluate(
         )
     order = {name: index for index, name in enumerate((*plan.sizes, *plan.damages))}
     rows.sort(key=lambda row: (order[row["size"]], order[row["damage"]]))  # else as the photographs came
-    return rows, _worst(plan, data, split, rows)
+    return rows, _worst(plan, data, split, images, rows)
 
 
 def require_photographs(data: Storage, split: str) -> None:
@@ -232,33 +232,25 @@ def _has_parquet(data: Storage) -> bool:
     return any(item.key.endswith(".parquet") and not sources.is_internal(item.key) for item in data.list())
 
 
-def _photographs(data: Storage, split: str, only: Collection[str] | None = None) -> ray.data.Dataset:
-    """The photographs of a dataset's split, or of a folder, as `sources.DECODED_SCHEMA`; or some of them, by key."""
+def _photographs(data: Storage, split: str, images: int) -> ray.data.Dataset:
+    """The first photographs of a dataset's split, or of a folder, as `sources.DECODED_SCHEMA`."""
     filesystem, root = data.filesystem()
     if _has_parquet(data):
         keys = sources.parquet_files(data, "--data")
         with sources.open_parquet(data, keys[0], "--data") as file:
             columns = sources.dataset_columns(file.schema_arrow)
         files = ray.data.read_parquet([f"{root}/{key}" for key in keys], filesystem=filesystem)
-        return files.select_columns(columns).map_batches(
-            lambda table: sources.decode_rows(_only(table, only), split, NO_LIMIT),
-            batch_format="pyarrow",
-            batch_size=BATCH,
+        decoded = files.select_columns(columns).map_batches(
+            lambda table: sources.decode_rows(table, split, NO_LIMIT), batch_format="pyarrow", batch_size=BATCH
         )
+        return decoded.limit(images)
     names = sorted(item.key for item in data.list() if not sources.is_internal(item.key))
-    names = [name for name in names if only is None or name in only]
     units = [pa.table({"key": names[start : start + BATCH]}) for start in range(0, len(names), BATCH)]
 
     def decode(table: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([*_decoded(data, table["key"].to_pylist())], schema=sources.DECODED_SCHEMA)
 
-    return ray.data.from_arrow(units).map_batches(decode, batch_format="pyarrow", batch_size=BATCH)
-
-
-def _only(table: pa.Table, keys: Collection[str] | None) -> pa.Table:
-    return (
-        table if keys is None else table.filter(pa.array([key in keys for key in sources.keys_of(table)], pa.bool_()))
-    )
+    return ray.data.from_arrow(units).map_batches(decode, batch_format="pyarrow", batch_size=BATCH).limit(images)
 
 
 def _decoded(data: Storage, keys: Iterable[str]) -> Iterator[Row]:
@@ -270,7 +262,7 @@ def _decoded(data: Storage, keys: Iterable[str]) -> Iterator[Row]:
         yield {"key": key, "pixels": pixels.tobytes(), "height": pixels.shape[0], "width": pixels.shape[1]}
 
 
-def _worst(plan: Plan, data: Storage, split: str, rows: list[Row]) -> list[Worst]:
+def _worst(plan: Plan, data: Storage, split: str, images: int, rows: list[Row]) -> list[Worst]:
     """The samples with which the first model fell furthest behind its mean for that damage and size."""
     first = plan.models[0].name
     cells: dict[tuple[int, str], list[Row]] = defaultdict(list)
@@ -283,7 +275,11 @@ def _worst(plan: Plan, data: Storage, split: str, rows: list[Row]) -> list[Worst
         for row in cell
     ]
     chosen = [row for _, row in sorted(behind, key=lambda item: item[0])[:WORST]]
-    kept = _photographs(data, split, only={row["key"] for row in chosen})
+    wanted = {row["key"] for row in chosen}
+    kept = _photographs(data, split, images).map_batches(
+        lambda table: table.filter(pa.array([key in wanted for key in table["key"].to_pylist()], pa.bool_())),
+        batch_format="pyarrow",
+    )
     table = pa.Table.from_pylist(kept.take_all(), schema=sources.DECODED_SCHEMA)
     singles = {single.keys[0]: single for single in _singles(table)}
     evaluator = Evaluator(replace(plan, models=plan.models[:1], baselines=(), device="cpu"))  # the driver has no GPU

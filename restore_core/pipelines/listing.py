@@ -178,9 +178,9 @@ def _row_groups(storage: Storage, files: list[Object]) -> Iterator[RowGroup]:
     """The rows of all Parquet files. A row's key is its column `key`, else FILE#ROW. Raises UsageError."""
     for listed in files:
         item = listed
+        with contextlib.suppress(ItemError):  # which opening it will say
+            item = storage.stat(item.key)  # a list of keys may know an older version
         with sources.open_parquet(storage, item.key, "--input") as file:
-            with contextlib.suppress(ItemError):
-                item = storage.stat(item.key)  # a list of keys may know an older version
             sources.image_column(file.schema_arrow, f"--input {storage.join(item.key)}")
             keyed = "key" in file.schema_arrow.names
             first = 0

@@ -83,10 +83,10 @@ def prepare(config: TrainConfig, data: Storage, folder: Storage, initial: checkp
     if folder.exists(OPTIONS_FILE):
         older = json.loads(folder.read(OPTIONS_FILE))
         for name, value in options.items():
-            if older.get(name) != value:
+            if name in older and older[name] != value:  # earlier versions did not say of which shards
                 raise UsageError(
                     f"--name {folder.uri.rsplit('/', 1)[-1]}: a run of that name exists with other options "
-                    f"({first_difference(older.get(name), value, name)}); choose another --name"
+                    f"({first_difference(older[name], value, name)}); choose another --name"
                 )
     return photographs
 

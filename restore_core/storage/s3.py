@@ -191,9 +191,14 @@ class S3Storage:
             _patiently(lambda client: client.delete_object(Bucket=self.bucket, Key=self.full_key(key)))
 
     def stat(self, key: str) -> Object:
-        with self._told_apart(key), _s3_errors("read", self.join(key), "s3:GetObject"):
-            found = _patiently(lambda client: client.head_object(Bucket=self.bucket, Key=self.full_key(key)))
-            return Object(key, found["ContentLength"], found["ETag"].strip('"'))
+        try:
+            with self._told_apart(key), _s3_errors("read", self.join(key), "s3:GetObject"):
+                found = _patiently(lambda client: client.head_object(Bucket=self.bucket, Key=self.full_key(key)))
+                return Object(key, found["ContentLength"], found["ETag"].strip('"'))
+        except ItemError as error:
+            if error.__cause__ is not None and _code(error.__cause__) == "400":
+                self._listed(key)  # an answer without a body does not say that credentials have expired
+            raise
         raise AssertionError("unreachable")
 
     def exists(self, key: str) -> bool:
@@ -389,16 +394,20 @@ def is_s3_object(bucket: str, key: str) -> bool:
 
 
 NO_CREDENTIALS = ("NoCredentialsError", "CredentialRetrievalError", "MetadataRetrievalError", "TokenRetrievalError")
+"""There are none, which may pass."""
+BAD_CREDENTIALS = (
+    "PartialCredentialsError", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ProfileNotFound",
+    "UnauthorizedSSOTokenError", "SSOTokenLoadError", "LoginRefreshRequired",
+)  # fmt: skip
+"""There are some that do not work on this machine, for whatever object."""
 PASSING = (
     "RequestTimeout", "ConditionalRequestConflict",
     # Of the services that give out credentials, with status 400.
     "Throttling", "ThrottlingException", "IDPCommunicationError",
 )  # fmt: skip
-NO_PERMISSION_MATTER = {
-    "InvalidObjectState": "it is archived; restore it from there first (aws s3api restore-object)",
-    "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
-}
-"""What comes with status 403 too, and what to do."""
+ARCHIVED = "InvalidObjectState"
+"""Comes with status 403 too."""
+CLOCK = "RequestTimeTooSkewed"
 
 
 def _s3_exceptions() -> tuple[type[Exception], ...]:
@@ -433,13 +442,13 @@ def _s3_errors(doing: ErrorClass, uri: str, permission: str, verb: str | None = 
         yield
     except _s3_exceptions() as error:
         kind: ErrorClass = doing
-        if _status(error) == 403 and _code(error) not in NO_PERMISSION_MATTER:
+        if _status(error) == 403 and _code(error) != ARCHIVED:
             kind = "denied"
         elif doing == "read" and _status(error) == 404 and _code(error) != "NoSuchBucket":
             kind = "vanished"
         why = _describe(error, permission)
-        if _code(error) in NO_CREDENTIALS:
-            why += f"; give this machine some, {GO_ON}"
+        if _code(error) in NO_CREDENTIALS + BAD_CREDENTIALS:
+            why += f"; give this machine credentials that work, {GO_ON}"
         # Not cut off with the uri, which may be long.
         raise ItemError(kind, f"{one_line(f'cannot {verb or doing} {uri}')}: {why}") from error
 
@@ -451,7 +460,7 @@ def _code(error: BaseException) -> str:
 
 def _status(error: Exception) -> int:
     """The answer's HTTP status; 403 for bad credentials however they show, 0 without an answer."""
-    if _code(error) in (*NO_CREDENTIALS, "PartialCredentialsError", "InvalidToken") or _expired(error):
+    if _code(error) in NO_CREDENTIALS + BAD_CREDENTIALS or _expired(error):
         return 403
     response: dict[str, Any] = getattr(error, "response", None) or {}
     return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
@@ -465,8 +474,10 @@ def _describe(error: Exception, permission: str) -> str:
     if code in ("AccessDenied", "403"):
         named = re.search(r"not authorized to perform: (\w+:\w+)", str(error))
         return f"access denied, {named[1] if named else permission} is missing"
-    if code in NO_PERMISSION_MATTER:
-        return NO_PERMISSION_MATTER[code]
+    if code == ARCHIVED:
+        return "it is archived; restore it from there first (aws s3api restore-object)"
+    if code == CLOCK:
+        return f"this machine's clock is wrong; set it, {GO_ON}"
     if _expired(error):
         return f"the credentials have expired; renew them, {GO_ON}"
     return one_line(str(error))

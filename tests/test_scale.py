@@ -54,7 +54,10 @@ run = stages.RestoreRun(
     device="cpu", threads=1, max_pixels=10**6, strip_metadata=False,
 )
 listed = list(list_input(run.input).objects)
-rows = [Row(key=f"{index}", size=1, etag="e", model="m", options="o", run_id="r") for index in range(len(listed))]
+rows = [
+    Row(key=f"{index}", size=item.size, etag=item.etag, model="m", options="o", run_id="r")
+    for index, item in enumerate(listed)
+]
 restorer = run.restorer()
 with ThreadPoolExecutor(4) as pool, codec.Processes(1, run.max_pixels) as codecs:
     def peak():

@@ -23,14 +23,18 @@ WORKER = Path(__file__).parent / "large_worker.py"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As small as it goes: it is not the network's work that is looked at."""
+    """As small as it goes: it is not the network's work that is looked at. It takes nothing for destroyed, since what
+    is no patch would be looked for in each tile, of which each sees more or less of it."""
     import torch
 
     folder = tmp_path_factory.mktemp("model")
     config = ResidualUNetConfig(channels=(4, 8), blocks=(1, 1))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        checkpoint.save(build(config), config, {}, folder)
+        network = build(config)
+        with torch.no_grad():
+            network.tail.bias[6] = 10  # type: ignore[union-attr, index, operator]
+        checkpoint.save(network, config, {}, folder)
     return folder
 
 

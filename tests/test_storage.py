@@ -513,6 +513,16 @@ def test_s3_what_is_wrong_with_a_machine_is_said_of_no_object(
     assert fails("denied", S3Storage("photos").read, "a.jpg").endswith(storage.GO_ON)
 
 
+def test_s3_a_signature_may_be_wrong_for_one_key_alone(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where something between changes odd keys: it must not stop all the others."""
+
+    def fail(**_: object) -> None:
+        raise client_error("SignatureDoesNotMatch", 403)
+
+    monkeypatch.setattr(storage.s3, "s3_client", functools.cache(lambda *_: SimpleNamespace(get_object=fail)))
+    assert not fails("denied", S3Storage("photos").read, "a//b.jpg").endswith(storage.GO_ON)
+
+
 def test_s3_expired_credentials_are_told_of_an_answer_without_a_body(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """S3 answers HEAD by the status alone."""
 
@@ -570,13 +580,8 @@ def test_s3_bucket_gone_while_working(s3: str) -> None:
 
 
 def test_s3_denied(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from botocore.exceptions import ClientError
-
     def denied(**_: object) -> None:
-        raise ClientError(
-            {"Error": {"Code": "AccessDenied", "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": 403}},  # type: ignore[typeddict-item]
-            "GetObject",
-        )
+        raise client_error("AccessDenied", 403)
 
     client, place = storage.s3.s3_client(), S3Storage("photos")
     place.write("a.jpg", b"x")

@@ -37,6 +37,21 @@ CREDENTIALS_SECONDS = 30
 LONGEST_PAUSE_SECONDS = 8.0
 VERSION_TRIES = 5
 """Of reading an object that is replaced meanwhile."""
+NO_CREDENTIALS = ("NoCredentialsError", "CredentialRetrievalError", "MetadataRetrievalError", "TokenRetrievalError")
+"""There are none, which may pass."""
+BAD_CREDENTIALS = (
+    "PartialCredentialsError", "InvalidToken", "InvalidAccessKeyId", "ProfileNotFound", "UnauthorizedSSOTokenError",
+    "SSOTokenLoadError", "LoginRefreshRequired",
+)  # fmt: skip
+"""There are some that do not work on this machine, for whatever object."""
+PASSING = (
+    "RequestTimeout", "ConditionalRequestConflict",
+    # Of the services that give out credentials, with status 400.
+    "Throttling", "ThrottlingException", "IDPCommunicationError",
+)  # fmt: skip
+ARCHIVED = "InvalidObjectState"
+"""Comes with status 403 too."""
+CLOCK = "RequestTimeTooSkewed"
 PROBE = ".restore-probe"
 """The key of what is put and deleted to see whether both are allowed."""
 
@@ -391,23 +406,6 @@ def is_s3_object(bucket: str, key: str) -> bool:
     except _s3_exceptions():
         return False
     return True
-
-
-NO_CREDENTIALS = ("NoCredentialsError", "CredentialRetrievalError", "MetadataRetrievalError", "TokenRetrievalError")
-"""There are none, which may pass."""
-BAD_CREDENTIALS = (
-    "PartialCredentialsError", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ProfileNotFound",
-    "UnauthorizedSSOTokenError", "SSOTokenLoadError", "LoginRefreshRequired",
-)  # fmt: skip
-"""There are some that do not work on this machine, for whatever object."""
-PASSING = (
-    "RequestTimeout", "ConditionalRequestConflict",
-    # Of the services that give out credentials, with status 400.
-    "Throttling", "ThrottlingException", "IDPCommunicationError",
-)  # fmt: skip
-ARCHIVED = "InvalidObjectState"
-"""Comes with status 403 too."""
-CLOCK = "RequestTimeTooSkewed"
 
 
 def _s3_exceptions() -> tuple[type[Exception], ...]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from restore_core.errors import ItemError, StorageError, UsageError
-from restore_core.storage import Storage
+from restore_core.storage import Object, Storage
 
 RENEW_SECONDS, EXPIRE_SECONDS = 15.0, 60.0
 """How often a living owner renews its lease, and how old the lease of a dead one has to be. Seconds."""
@@ -108,7 +108,7 @@ class Lease:
 
     def _take_over(self) -> str:
         """The lease of an owner that is dead. Raises UsageError if it lives, or another is quicker."""
-        found = next((item for item in self._output.list(self._key) if item.key == self._key), None)
+        found = self._stored()
         try:
             data = self._output.read(self._key) if found else None
         except ItemError as error:
@@ -132,6 +132,9 @@ class Lease:
                 f"{self._option} {self._output.uri}: another restore began at the same moment; wait for it"
             )
         return version
+
+    def _stored(self) -> Object | None:
+        return next((item for item in self._output.list(self._key) if item.key == self._key), None)
 
     def _parse(self, data: bytes) -> Owner:
         try:
@@ -161,7 +164,7 @@ class Lease:
 
     def _put_again(self, owner: Owner) -> str | None:
         """Where it is another version than was known, but ours: one was stored whose answer was lost."""
-        found = next((item for item in self._output.list(self._key) if item.key == self._key), None)
+        found = self._stored()
         if found is None or self._parse(self._output.read(self._key)).run_id != owner.run_id:
             return None
         return self._put(found.etag, owner)

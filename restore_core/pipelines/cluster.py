@@ -139,6 +139,15 @@ def resources() -> tuple[int, int]:
     return cpus, gpus
 
 
+def processes(device: Literal["cpu", "cuda"], wanted: int | None) -> int:
+    """How many hold a network: as many as wanted, else one for each GPU or CPU. Raises UsageError for too many."""
+    cpus, gpus = resources()
+    most, kind = (gpus, "GPUs") if device == "cuda" else (cpus, "CPUs")
+    if wanted is not None and wanted > most:
+        raise UsageError(f"--workers {wanted}: the cluster has {most} {kind}; use --workers {most} or add nodes")
+    return wanted or most
+
+
 def _grows_to() -> dict[str, int]:
     text = os.environ.get(GROWS_TO, "")
     pairs = [pair.strip().partition("=") for pair in text.split(",") if pair.strip()]

@@ -8,7 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +48,7 @@ class Plan:
     """Names in `degradations.STANDARD`."""
     sizes: tuple[int, ...]
     """Sides of the central crops, pixels; 0 is the whole photograph."""
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     precision: Precision = "auto"
     """Of the models' arithmetic, see `inference.Restorer`."""
     threads: int = 1
@@ -184,12 +184,7 @@ def evaluate(
 
     Returns a row for each photograph, size, damage and method, and what the first model did worst.
     """
-    cpus, gpus = cluster.resources()
-    most = gpus if plan.device == "cuda" else cpus
-    if workers is not None and workers > most:
-        kind = "GPUs" if plan.device == "cuda" else "CPUs"
-        raise UsageError(f"--workers {workers}: the cluster has {most} {kind}; use --workers {most} or add nodes")
-    actors = min(workers or most, math.ceil(images / BATCH))
+    actors = min(cluster.processes(plan.device, workers), math.ceil(images / BATCH))
     ray.data.DataContext.get_current().execution_options = cluster.in_order()
     # Half of the CPUs stay free for reading and decoding, or everything would wait for ever.
     shares = {"num_gpus": 1 if plan.device == "cuda" else 0, "num_cpus": 0.5}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,7 @@ import torch
 from restore_core import codec, manifest, provenance, sources
 from restore_core.checkpoint import ModelFolder
 from restore_core.config import KINDS, Kind, Precision
-from restore_core.errors import ItemError, UsageError
+from restore_core.errors import ItemError
 from restore_core.inference import check_repair
 from restore_core.lease import Lease
 from restore_core.manifest import Found, Ledger, Overview, Retry, Row
@@ -447,19 +447,11 @@ class _Work:
         self.account.total += 1
 
 
-def _actors(options: RestoreOptions) -> tuple[str, int]:
+def _actors(options: RestoreOptions) -> tuple[Literal["cpu", "cuda"], int]:
     """The device, and how many processes hold the model. Raises UsageError for what the cluster does not have."""
     cluster.connect()
     device = cluster.pick_device(options.device)
-    cpus, gpus = cluster.resources()
-    most = gpus if device == "cuda" else cpus
-    actors = options.workers or most
-    if actors > most:
-        raise UsageError(
-            f"--workers {actors}: the cluster has {most} {'GPUs' if device == 'cuda' else 'CPUs'}; "
-            f"use --workers {most} or add nodes"
-        )
-    return device, actors
+    return device, cluster.processes(device, options.workers)
 
 
 def _plan(input: Storage, output: Storage, model: ModelFolder, options: RestoreOptions) -> tuple[RestoreRun, int]:

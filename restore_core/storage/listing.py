@@ -29,7 +29,7 @@ DEPTH = 32
 
 def pages(request: Request, prefix: str, after: str = "") -> Iterator[Page]:
     """All keys with a prefix that come behind `after`. What fits on one page takes one request."""
-    first = request(Prefix=prefix, **({"StartAfter": after} if after else {}))
+    first = request(Prefix=prefix, **_behind(after))
     page = page_of(first)
     yield page
     if not first.get("IsTruncated"):
@@ -38,6 +38,10 @@ def pages(request: Request, prefix: str, after: str = "") -> Iterator[Page]:
     cuts: list[str | None] = [last, *_cuts(request, prefix, last), None]
     ranges = [_range(request, prefix, after, last) for after, last in pairwise(cuts)]
     yield from _in_turn(ranges)
+
+
+def _behind(key: str | None) -> dict[str, str]:
+    return {"StartAfter": key} if key else {}
 
 
 def page_of(found: "ListObjectsV2OutputTypeDef") -> Page:
@@ -49,7 +53,7 @@ def _cuts(request: Request, prefix: str, after: str) -> list[str]:
     entries: list[str] = []
     for _ in range(DEPTH):
         entries = []
-        more = {"StartAfter": after} if after else {}
+        more = _behind(after)
         for _ in range(FOLDER_PAGES):
             found = request(Prefix=prefix, Delimiter="/", **more)
             entries += [entry["Prefix"] for entry in found.get("CommonPrefixes", [])]
@@ -67,7 +71,7 @@ def _cuts(request: Request, prefix: str, after: str) -> list[str]:
 
 def _range(request: Request, prefix: str, after: str | None, last: str | None) -> Iterator[Page]:
     """The keys behind `after` up to and with `last`."""
-    more = {"StartAfter": after} if after else {}
+    more = _behind(after)
     while True:
         found = request(Prefix=prefix, **more)
         page = page_of(found)

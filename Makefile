@@ -13,8 +13,9 @@ check: .venv/installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# A test that hangs is ended, named, and shown where it hung.
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --max-worker-restart=0 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow

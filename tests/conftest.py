@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,6 +9,9 @@ import pytest
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+
+# What a shell starts in the background ignores it, and so would every job that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 AWS_SETTINGS = {
     "AWS_ACCESS_KEY_ID": "test",

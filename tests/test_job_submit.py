@@ -28,6 +28,8 @@ from photos import encoded, people, write_tree
 from processes import marked, wait_for
 from shims import free_port
 
+from restore_core.pipelines import cluster
+
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
@@ -230,6 +232,16 @@ def assert_readable(log: str, *allowed: str) -> None:
     strange = [line for line in log.splitlines() if not any(re.fullmatch(pattern, line) for pattern in patterns)]
     assert strange == []
     assert "\x1b" not in log and "\r" not in log
+
+
+def test_what_ray_ends_itself_is_no_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    """When a job is stopped, its actors are killed in the middle of something."""
+    retried = "Task RestoreUnit.submit failed. There are 1 retries remaining, so the task will be retried. Error: "
+    killed, lost = f"{retried}The actor is dead because it was killed by `ray.kill`.", f"{retried}Its node has died."
+    for line in (killed, lost):
+        cluster._print_errors({"pid": "raylet", "is_err": False, "lines": [line]}, ignore_prefix=False)
+    shown = capsys.readouterr().out
+    assert lost in shown and killed not in shown
 
 
 # --- Every job, both ways ------------------------------------------------------------------------------------------

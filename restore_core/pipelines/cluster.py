@@ -7,7 +7,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import ray
 import ray.data
 from ray._private import ray_logging
-from ray._private.worker import print_worker_logs
+from ray._private import worker as ray_worker
 
 from restore_core import memory
 from restore_core.errors import UsageError
@@ -53,6 +54,8 @@ LEFT_OUT = [".venv", "venv", ".git", "__pycache__", "runs", "data", "demo"]
 
 PRINTER = "ray_print_logs"
 """Ray's name for what prints the workers' lines in the driver."""
+PRINT_ERRORS = ray_worker.print_to_stdstream
+"""What prints in the driver what Ray tells of failed tasks."""
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +77,7 @@ def connect(*, dashboard: bool = False, env_vars: Mapping[str, str] = MappingPro
         _init(dashboard, env_vars)
         ray_logging.global_worker_stdstream_dispatcher.remove_handler(PRINTER)
         ray_logging.global_worker_stdstream_dispatcher.add_handler(PRINTER, _print_lines)
+        ray_worker.print_to_stdstream = _print_errors
         if threading.current_thread() is threading.main_thread():
             # As from `ray job stop`: like Ctrl-C, so that what is done is written down. Ray's own handler ends at once.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -86,10 +90,16 @@ def _print_lines(data: dict[str, Any]) -> None:
     worker comes to the driver as an exception, and everything is in the session's logs (`ray logs`).
     """
     if data.get("pid") in ("autoscaler", "raylet"):
-        print_worker_logs(data, sys.stderr)
+        ray_worker.print_worker_logs(data, sys.stderr)
     elif not data["is_err"]:
         for line in data["lines"]:
             print(line, flush=True)
+
+
+def _print_errors(data: dict[str, Any], ignore_prefix: bool) -> None:
+    """Print what Ray tells of failed tasks, but not of actors that Ray Data itself ends, as when a job is stopped."""
+    if lines := [line for line in data["lines"] if "killed by `ray.kill`" not in line]:
+        PRINT_ERRORS({**data, "lines": lines}, ignore_prefix)
 
 
 def _init(dashboard: bool, env_vars: Mapping[str, str]) -> None:
@@ -122,11 +132,15 @@ def _python_path() -> list[str]:
     return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
-def in_order() -> ray.data.ExecutionOptions:
-    """Blocks in the order of what they are made from, so that the same photographs come first each time."""
-    options = ray.data.ExecutionOptions()
-    options.preserve_order = True
-    return options
+@contextmanager
+def in_order() -> Iterator[None]:
+    """Blocks of datasets that are made here come in the order of what they are made from."""
+    options = ray.data.DataContext.get_current().execution_options
+    before, options.preserve_order = options.preserve_order, True
+    try:
+        yield
+    finally:
+        options.preserve_order = before
 
 
 def resources() -> tuple[int, int]:

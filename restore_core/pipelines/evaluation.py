@@ -185,7 +185,17 @@ def evaluate(
     Returns a row for each photograph, size, damage and method, and what the first model did worst.
     """
     actors = min(cluster.processes(plan.device, workers), math.ceil(images / BATCH))
-    ray.data.DataContext.get_current().execution_options = cluster.in_order()
+    with cluster.in_order():  # else the first ones were those that are decoded first
+        rows = _measurements(plan, data, split, images, actors)
+        if not rows:
+            raise UsageError(
+                f"--data {data.uri}: none of its photographs (--split {split}) can be decoded, or all are smaller than "
+                f"--sizes {' '.join(map(str, plan.sizes))}; pack them again, or name smaller sizes"
+            )
+        return rows, _worst(plan, data, split, images, rows)
+
+
+def _measurements(plan: Plan, data: Storage, split: str, images: int, actors: int) -> list[Row]:
     # Half of the CPUs stay free for reading and decoding, or everything would wait for ever.
     shares = {"num_gpus": 1 if plan.device == "cuda" else 0, "num_cpus": 0.5}
     photographs = _photographs(data, split, images).repartition(target_num_rows_per_block=BATCH)
@@ -201,14 +211,9 @@ def evaluate(
     rows: list[Row] = [
         row for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow") for row in table.to_pylist()
     ]
-    if not rows:
-        raise UsageError(
-            f"--data {data.uri}: none of its photographs (--split {split}) can be decoded, or all are smaller than "
-            f"--sizes {' '.join(map(str, plan.sizes))}; pack them again, or name smaller sizes"
-        )
     order = {name: index for index, name in enumerate((*plan.sizes, *plan.damages))}
     rows.sort(key=lambda row: (order[row["size"]], order[row["damage"]]))  # else as the photographs came
-    return rows, _worst(plan, data, split, images, rows)
+    return rows
 
 
 def require_photographs(data: Storage, split: str) -> None:

@@ -146,7 +146,7 @@ def train(
             failure_config=ray.train.FailureConfig(max_failures=3 if min_workers is None else 30),
         ),
         datasets={"train": _dataset(run)},
-        dataset_config=ray.train.DataConfig(execution_options=cluster.in_order()),
+        dataset_config=ray.train.DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True)),
     ).fit()
     if result.error:
         raise result.error
@@ -285,15 +285,15 @@ def _dataset(run: TrainRun) -> ray.data.Dataset:
     def decode(table: pa.Table) -> pa.Table:
         return sources.decode_rows(table, sources.TRAIN, canvas)
 
-    ray.data.DataContext.get_current().execution_options = cluster.in_order()
     with sources.open_parquet(run.data, keys[0], "--data") as file:
         columns = sources.dataset_columns(file.schema_arrow)
-    dataset = ray.data.read_parquet(files, filesystem=filesystem).select_columns(columns)
-    dataset = dataset.map_batches(decode, batch_format="pyarrow", batch_size=64)
-    most_bytes = run.photographs * canvas * canvas * 3
-    room = ray.cluster_resources().get("object_store_memory", 0)
-    # Decoded once where that leaves most of Ray's memory free, else again in every epoch.
-    return dataset.materialize() if most_bytes < room * DECODED_SHARE else dataset
+    with cluster.in_order():
+        dataset = ray.data.read_parquet(files, filesystem=filesystem).select_columns(columns)
+        dataset = dataset.map_batches(decode, batch_format="pyarrow", batch_size=64)
+        most_bytes = run.photographs * canvas * canvas * 3
+        room = ray.cluster_resources().get("object_store_memory", 0)
+        # Decoded once where that leaves most of Ray's memory free, else again in every epoch.
+        return dataset.materialize() if most_bytes < room * DECODED_SHARE else dataset
 
 
 def _finish(run: TrainRun, state: Path, cuda: bool) -> Trained:

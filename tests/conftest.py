@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
 
 # What a shell starts in the background ignores it, and so would every job that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Else Ray's workers wait for whatever else is at work on the machine, other tests too.
+os.environ["RAY_worker_niceness"] = "0"
 
 AWS_SETTINGS = {
     "AWS_ACCESS_KEY_ID": "test",

@@ -20,6 +20,12 @@ GRACE_SECONDS = 120
 """So long workers may take to end that have lost their driver or their node, on a busy machine."""
 
 
+def environment_without(*prefixes: str) -> dict[str, str]:
+    """The environment of the tests, but for variables that would lead to a Ray or to an S3 that is not meant."""
+    ours = "RAY_worker_niceness"
+    return {name: text for name, text in os.environ.items() if name == ours or not name.startswith(prefixes)}
+
+
 def descendants(pid: int, title: str) -> list[int]:
     """Processes started by a process or its children, by a part of their command line."""
     parents = {}
@@ -76,12 +82,11 @@ class Started:
         """Its standard output and error are in the folder, as NUMBER.out and NUMBER.err."""
         name, _, value = self._mark.partition("=")
         own = {name: value, "RAY_TMPDIR": self._ray.name, "RAY_AUTH_MODE": "disabled", **environment}
-        outer = {key: text for key, text in os.environ.items() if not key.startswith("RAY_")}
         number = len(self._processes)
         with (self._folder / f"{number}.out").open("w") as out, (self._folder / f"{number}.err").open("w") as err:
             process = subprocess.Popen(
                 [sys.executable, TESTS / script, *map(str, arguments)],
-                stdin=subprocess.PIPE, stdout=out, stderr=err, text=True, env={**outer, **own},
+                stdin=subprocess.PIPE, stdout=out, stderr=err, text=True, env={**environment_without("RAY_"), **own},
             )  # fmt: skip
         self._processes.append(process)
         return process

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from fault_proxy import Fault, FaultProxy
 from photos import encoded
+from processes import environment_without
 
 from restore_core.storage import S3Storage
 from restore_core.storage.s3 import s3_client
@@ -188,14 +189,13 @@ def test_a_job_and_its_workers(
     file = pa.BufferOutputStream()
     pq.write_table(pa.table({"key": [str(number) for number in range(8)], "image": images}), file)
     moto_client.put_object(Bucket="photos", Key="packed/a.parquet", Body=file.getvalue().to_pybytes())
-    outer = {name: text for name, text in os.environ.items() if not name.startswith(("AWS_", "RAY_"))}
     for source in ("raw", "packed"):
         done = subprocess.run(
             [
                 sys.executable, "jobs/restore_bucket.py", "--input", f"s3://photos/{source}", "--output",
                 f"s3://photos/out-{source}", "--model", small_model(1), "--device", "cpu", "--workers", "1",
             ],
-            cwd=ROOT, env={**outer, **settings}, text=True, capture_output=True,
+            cwd=ROOT, env={**environment_without("AWS_", "RAY_"), **settings}, text=True, capture_output=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert "8 objects: 8 restored (0 by earlier runs)" in done.stdout

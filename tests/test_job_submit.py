@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 from fault_proxy import Fault, FaultProxy
 from photos import encoded, people, write_tree
-from processes import marked, wait_for
+from processes import environment_without, marked, wait_for
 from shims import free_port
 
 from restore_core.pipelines import cluster
@@ -134,7 +134,7 @@ def head(proxy: FaultProxy, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     port, dashboard = free_port(), free_port()
     address = f"http://127.0.0.1:{dashboard}"
     environment = {
-        **{key: text for key, text in os.environ.items() if not key.startswith(("RAY_", "AWS_"))},
+        **environment_without("RAY_", "AWS_"),
         "JOB_SUBMIT_TEST": mark,
         "HOME": str(home),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Else Ray's workers wait for whatever else is at work on the machine, other tests too.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ.update(RAY_worker_niceness="0")
 
 AWS_SETTINGS = {
     "AWS_ACCESS_KEY_ID": "test",

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -94,6 +95,17 @@ def local_ray(moto_client: "S3Client") -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def no_actors_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After an error an actor may be in a reference cycle, and have a CPU that the next test waits for."""
+    yield
+    if "local_ray" in request.fixturenames:
+        import ray
+
+        if ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"]:
+            gc.collect()
 
 
 @pytest.fixture(scope="session")

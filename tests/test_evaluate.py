@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -20,7 +21,7 @@ from restore_core import baselines, checkpoint, sources
 from restore_core.errors import UsageError
 from restore_core.inference import Restorer
 from restore_core.metrics import psnr
-from restore_core.pipelines import evaluation
+from restore_core.pipelines import cluster, evaluation
 from restore_core.storage import open_storage
 from tests.photos import encoded, pixels, write_tree
 
@@ -124,6 +125,28 @@ def test_of_many_photographs_the_first_ones_are_measured(
     assert "3 of 10 photographs are smaller than 64 pixels and left out there" in capsys.readouterr().out
     with pytest.raises(UsageError, match="--workers 9: the cluster has 3 CPUs; use --workers 3 or add nodes"):
         evaluate.main(dataclasses.replace(job, workers="9"))
+
+
+@pytest.mark.ray
+def test_an_actor_that_is_nobodys_any_more_gives_its_cpus_back(
+    local_ray: None, tmp_path: Path, small_model: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an error there are such in reference cycles. Python looks for those where it has work, or is told to."""
+
+    class Nobodys:
+        def ready(self) -> bool:
+            return True
+
+    actor = ray.remote(num_cpus=3)(Nobodys).remote()
+    assert ray.get(actor.ready.remote())
+    monkeypatch.setattr("gc.collect", lambda: ray.kill(actor))
+    monkeypatch.setattr(cluster, "IDLE_SECONDS", 1.0)
+    photos = write_tree(tmp_path / "photos", {"x.png": encoded(1, 40, 50, "PNG")})
+    job = Evaluate(
+        data=str(photos), output=str(tmp_path / "out"), model=(str(small_model(1)),), sizes=(0,),
+        damages=("noise_50",), workers="1",
+    )  # fmt: skip
+    assert evaluate.main(job) == 0
 
 
 def test_median_is_scikit_images() -> None:

@@ -1,6 +1,5 @@
 """Rows as they come from the actors: into the ledger in time, onto the terminal in short, and a verdict on the run."""
 
-import gc
 import logging
 import threading
 import time
@@ -11,6 +10,7 @@ from ray.data._internal.execution import backpressure_policy
 from restore_core import manifest
 from restore_core.lease import Lease
 from restore_core.manifest import Ledger, Overview, Row
+from restore_core.pipelines import cluster
 from restore_core.storage import GO_ON
 
 logger = logging.getLogger(__name__)
@@ -18,8 +18,6 @@ logger = logging.getLogger(__name__)
 FLUSH_ROWS, FLUSH_SECONDS = 2000, 10.0
 """The ledger is written down after so many rows or seconds: what a killed driver has to do again."""
 PROGRESS_SECONDS = 5.0
-IDLE_SECONDS = 10.0
-"""After so long without a row the driver's garbage is collected, see `Account.follow`."""
 VERDICT_ROWS = 1000
 """So many have to be done before a run is stopped because too many fail, as S3 Batch Operations does."""
 DENIED_ROWS = 100
@@ -81,26 +79,10 @@ class Account:
         self._first: tuple[float, int] | None = None
 
     def follow(self, dataset: ray.data.Dataset) -> None:
-        """Execute it and take its rows.
-
-        An actor that Ray Data has let go of ends with the last Python reference to it. After errors, as when a node is
-        lost, there are some in reference cycles. While nothing happens Python does not collect those by itself: the
-        idle actor would keep its GPU, for which the lost one's work waits.
-        """
-        over = threading.Event()
-        threading.Thread(target=self._collect_when_idle, args=(over,), daemon=True).start()
-        try:
+        """Execute it and take its rows."""
+        with cluster.releasing_actors(lambda: self.count):
             for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 self.add(manifest.rows_of(table))
-        finally:
-            over.set()
-
-    def _collect_when_idle(self, over: threading.Event) -> None:
-        count = self.count
-        while not over.wait(IDLE_SECONDS):
-            if self.count == count:
-                gc.collect()
-            count = self.count
 
     def add(self, rows: list[Row]) -> None:
         """Raises Stopped, and StorageError where the lease is lost or the ledger cannot be written."""

@@ -1,5 +1,6 @@
 """Finding or starting Ray, and what it has to offer."""
 
+import gc
 import json
 import logging
 import os
@@ -7,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -46,6 +47,9 @@ GROWS_TO = "RESTORE_GROWS_TO"
 does not tell jobs; without it a job plans with the nodes that are there when it starts."""
 WAIT_S, WAIT_LINE_S = 1200.0, 15.0
 """How long for a first node, and how often that is told. A GPU node on AWS takes about five minutes."""
+
+IDLE_SECONDS = 10.0
+"""After so long without anything new the driver's garbage is collected, see `releasing_actors`."""
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -141,6 +145,30 @@ def in_order() -> Iterator[None]:
         yield
     finally:
         options.preserve_order = before
+
+
+@contextmanager
+def releasing_actors(done: Callable[[], int]) -> Iterator[None]:
+    """While a dataset with actors is executed; `done` tells how far it is.
+
+    An actor that Ray Data has let go of ends with the last Python reference to it. After errors, as when a node is
+    lost, there are some in reference cycles. While nothing happens Python does not collect those by itself: the idle
+    actor would keep its CPU or GPU, for which other work waits.
+    """
+    over = threading.Event()
+    threading.Thread(target=_collect_when_idle, args=(done, over), daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _collect_when_idle(done: Callable[[], int], over: threading.Event) -> None:
+    before = done()
+    while not over.wait(IDLE_SECONDS):
+        if done() == before:
+            gc.collect()
+        before = done()
 
 
 def resources() -> tuple[int, int]:

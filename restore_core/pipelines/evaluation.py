@@ -185,35 +185,34 @@ def evaluate(
     Returns a row for each photograph, size, damage and method, and what the first model did worst.
     """
     actors = min(cluster.processes(plan.device, workers), math.ceil(images / BATCH))
-    with cluster.in_order():  # else the first ones were those that are decoded first
-        rows = _measurements(plan, data, split, images, actors)
+    rows: list[Row] = []
+    # In order, or the first ones were those that are decoded first.
+    with cluster.in_order(), cluster.releasing_actors(rows.__len__):
+        dataset = _measurements(plan, data, split, images, actors)
+        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            rows += table.to_pylist()
         if not rows:
             raise UsageError(
                 f"--data {data.uri}: none of its photographs (--split {split}) can be decoded, or all are smaller than "
                 f"--sizes {' '.join(map(str, plan.sizes))}; pack them again, or name smaller sizes"
             )
+        order = {name: index for index, name in enumerate((*plan.sizes, *plan.damages))}
+        rows.sort(key=lambda row: (order[row["size"]], order[row["damage"]]))  # else as the photographs came
         return rows, _worst(plan, data, split, images, rows)
 
 
-def _measurements(plan: Plan, data: Storage, split: str, images: int, actors: int) -> list[Row]:
-    # Half of the CPUs stay free for reading and decoding, or everything would wait for ever.
-    shares = {"num_gpus": 1 if plan.device == "cuda" else 0, "num_cpus": 0.5}
+def _measurements(plan: Plan, data: Storage, split: str, images: int, actors: int) -> ray.data.Dataset:
     photographs = _photographs(data, split, images).repartition(target_num_rows_per_block=BATCH)
-    dataset = photographs.map_batches(
+    return photographs.map_batches(
         Evaluator,
         fn_constructor_args=(plan,),
         batch_format="pyarrow",
         batch_size=BATCH,
         compute=ray.data.ActorPoolStrategy(size=actors),
         runtime_env={"env_vars": cluster.KEEP_MEMORY},
-        **shares,
+        num_gpus=1 if plan.device == "cuda" else 0,
+        num_cpus=0.5,  # half of the CPUs stay free for reading and decoding, or everything would wait for ever
     )
-    rows: list[Row] = [
-        row for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow") for row in table.to_pylist()
-    ]
-    order = {name: index for index, name in enumerate((*plan.sizes, *plan.damages))}
-    rows.sort(key=lambda row: (order[row["size"]], order[row["damage"]]))  # else as the photographs came
-    return rows
 
 
 def require_photographs(data: Storage, split: str) -> None:

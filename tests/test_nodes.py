@@ -148,6 +148,7 @@ def test_a_node_that_joins_is_used(tmp_path: Path, processes: Started, source: P
     assert driver.wait(60) == 130, processes.said(driver, "err")
 
 
+@pytest.mark.faults
 def test_a_first_node_is_waited_for_where_it_can_come(
     tmp_path: Path, processes: Started, source: Path, expected: dict[str, str], small_model: Models
 ) -> None:

@@ -439,6 +439,7 @@ def test_s3_without_credentials(new_clients: None, monkeypatch: pytest.MonkeyPat
         monkeypatch.delenv(name)
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setattr(storage.s3, "CREDENTIALS_SECONDS", 0)
     advice = r"Unable to locate credentials; set AWS_ACCESS_KEY_ID and"
     with pytest.raises(UsageError, match=rf"^--input s3://photos/x: {advice}"):
         require_readable(open_storage("s3://photos/x"), "--input")

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import ray.data
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -123,6 +124,7 @@ def test_of_many_photographs_the_first_ones_are_measured(
     measured = {size: {row["key"] for row in rows if row["size"] == size} for size in ("24", "64")}
     assert measured == {"24": set(list(files)[:10]), "64": set(list(files)[3:10])}
     assert "3 of 10 photographs are smaller than 64 pixels and left out there" in capsys.readouterr().out
+    assert not ray.data.DataContext.get_current().execution_options.preserve_order, "that is for its own datasets"
     with pytest.raises(UsageError, match="--workers 9: the cluster has 3 CPUs; use --workers 3 or add nodes"):
         evaluate.main(dataclasses.replace(job, workers="9"))
 

@@ -8,6 +8,7 @@ is written down for each tenth of them. The network is as small as it goes: what
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -34,6 +35,8 @@ from restore_core.storage import LocalStorage
 Pixels = npt.NDArray[np.uint8]
 SAMPLE_S, SEARCH_S = 0.05, 1.0
 """How often memory is looked at, and how often for new processes."""
+SIZES = 97
+"""Of many pictures: no two neighbours are of one size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,9 +191,14 @@ def over_many(job: Memory, kinds: tuple[str, ...], model: Path) -> dict[str, Any
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder).resolve()
         (root / "in").mkdir()
+        distinct = math.lcm(SIZES, len(kinds))
         for index in range(job.images):
             ending, save = FILES[kinds[index % len(kinds)]]
-            save(smooth(side - index % 97, index), root / f"in/{index:06d}.{ending}")  # no two neighbours of one size
+            path = root / f"in/{index:06d}.{ending}"
+            if index < distinct:
+                save(smooth(side - index % SIZES, index), path)
+            else:  # the same again under another name
+                path.hardlink_to(root / f"in/{index % distinct:06d}.{ending}")
         size = sum(path.stat().st_size for path in (root / "in").iterdir())
         started = time.time()
         watch, rows = the_job(job, root / "in", root / "out", model)

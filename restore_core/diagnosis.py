@@ -47,11 +47,10 @@ def evidence(
     flipped, painted = destroyed_pixels(torch.ones_like(damaged[:, :1]).float() if survival is None else survival)
     kept = ~(flipped | painted)
     removed = (luma(damaged).float() - luma(restored).float()).square() * kept  # lost colour is not noise
-    weight = _mean_around(kept.float(), 9)
+    weight = _mean_around(kept.to(torch.uint8), 9)
     had, has = (_colour(images, kept, weight) for images in (damaged, restored))
-    area = torch.ones_like(weight)
-    parts = (area, flipped.float(), painted.float(), kept.float(), removed, weight, had, has)
-    return torch.stack([part[..., rows, columns].sum(dim=(1, 2, 3)) for part in parts])
+    parts = (torch.ones_like(kept), flipped, painted, kept, removed, weight, had, has)
+    return torch.stack([part[..., rows, columns].sum(dim=(1, 2, 3), dtype=torch.float32) for part in parts])
 
 
 def verdict(sums: Tensor, *, gated: bool) -> Diagnosis:
@@ -71,9 +70,11 @@ def verdict(sums: Tensor, *, gated: bool) -> Diagnosis:
 def destroyed_pixels(survival: Tensor) -> tuple[Tensor, Tensor]:
     """From the gate's logits [B, 1, H, W], two masks, bool [B, 1, H, W]: flipped pixels, pixels under patches."""
     destroyed = survival < 0
+    if not destroyed.any():
+        return destroyed, destroyed
     # A patch is where nearly all of a neighbourhood is destroyed; flipped pixels stand among survivors.
-    dense = _mean_around(destroyed.float(), 7) > 0.8
-    painted = (_sum_around(dense.float(), 7) > 0) & destroyed
+    dense = _mean_around(destroyed.to(torch.uint8), 7) > 0.8
+    painted = (sum_around(dense.to(torch.uint8), 7) > 0) & destroyed
     return destroyed & ~painted, painted
 
 
@@ -109,22 +110,30 @@ def repair_only(
 
 def _colour(images: Tensor, kept: Tensor, weight: Tensor) -> Tensor:
     """How far the surviving, locally averaged colours are from grey, of 255, times their weight."""
-    planes = images.to(torch.float32, memory_format=torch.contiguous_format)  # colour by colour, as it is faster
-    red, green, blue = _mean_around(planes * kept, 9).split_with_sizes([1, 1, 1], dim=1)
-    grey = (red + green + blue) / 3
-    spread = ((red - grey).abs_() + (green - grey).abs_() + (blue - grey).abs_()) / 3
-    return spread * (weight / weight.clamp(min=0.05))
+    planes = images.to(torch.int16, memory_format=torch.contiguous_format)  # 81 * 255 fits, and it is twice as fast
+    red, green, blue = sum_around(planes * kept, 9).split_with_sizes([1, 1, 1], dim=1)
+    darker, brighter = torch.minimum(red, green), torch.maximum(red, green)
+    least, most = torch.minimum(darker, blue), torch.maximum(brighter, blue)
+    middle = torch.maximum(darker, torch.minimum(brighter, blue))
+    # Three values' distances from their mean add up to 2/3 of what is between all of them and the two furthest apart.
+    spread = (most - least).float().add_(torch.maximum(most - middle, middle - least)).mul_(2 / 9)
+    return spread.div_(_area_around(weight, 9)).mul_(weight / weight.clamp(min=0.05))
 
 
 def _mean_around(x: Tensor, side: int) -> Tensor:
-    """The mean over the square around each pixel, as far as it lies inside. [B, C, H, W] -> the same"""
+    """The mean over the square around each pixel, as far as it lies inside. [B, C, H, W] -> float32, the same"""
+    return sum_around(x, side) / _area_around(x, side)
+
+
+def _area_around(x: Tensor, side: int) -> Tensor:
+    """Of the square around each pixel, how much lies inside. [B, C, H, W] -> float32 [1, 1, H, W]"""
     rows, columns = (
-        _sum_around(torch.ones(1, 1, *shape, device=x.device), side) for shape in ((x.shape[2], 1), (1, x.shape[3]))
+        sum_around(torch.ones(1, 1, *shape, device=x.device), side) for shape in ((x.shape[2], 1), (1, x.shape[3]))
     )
-    return _sum_around(x, side) / (rows * columns)
+    return rows * columns
 
 
-def _sum_around(x: Tensor, side: int) -> Tensor:
+def sum_around(x: Tensor, side: int) -> Tensor:
     """The sum over the square around each pixel, of odd `side`: exact for whole numbers, whatever the device.
 
     Sums of 2, 4, 8 neighbours are made of each other: a tenth of the time of torch's avg_pool2d on a CPU.

@@ -1,8 +1,11 @@
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
+from scipy import ndimage
 from torch import Tensor
 
+from restore_core import false_patches
 from restore_core.false_patches import without_false_patches
 from restore_core.model import Prediction
 
@@ -122,3 +125,40 @@ def test_each_image_of_a_batch_for_itself() -> None:
     result, _ = without_false_patches(damaged, Prediction(restored.clone(), survival, kept))
     torch.testing.assert_close(result[0], kept[0], rtol=0, atol=1e-6)
     assert torch.equal(result[1:], restored[1:])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 40), (9, 5), (47, 60)])
+def test_windows_are_those_of_scipy(size: tuple[int, int]) -> None:
+    """At the borders too."""
+    generator = np.random.default_rng(0)
+    mask = generator.random(size) < 0.9
+    for by in (1, 3, 4):
+        square = np.ones((3, 3))
+        eroded = ndimage.binary_erosion(mask, square, iterations=by, border_value=1)
+        np.testing.assert_array_equal(false_patches._shrunk(mask, by), eroded)
+        dilated = ndimage.binary_dilation(~mask, square, iterations=by)
+        np.testing.assert_array_equal(false_patches._grown(~mask, by), dilated)
+
+
+@pytest.mark.parametrize("levels", [20, 100, 256])
+def test_pixels_far_from_their_median_are_those_of_scipy(levels: int) -> None:
+    image = np.random.default_rng(0).integers(0, levels, (3, 20, 30), np.uint8)
+    around = np.lib.stride_tricks.sliding_window_view(
+        np.pad(image, ((0, 0), (2, 2), (2, 2)), mode="symmetric"), (5, 5), axis=(1, 2)
+    )
+    median = ndimage.median_filter(image, (1, 5, 5))
+    far = (np.abs(image.astype(int) - median) > false_patches.OUTLIER).any(axis=0)
+    np.testing.assert_array_equal(false_patches._far_from_median(image, around), far)
+    assert far.any() == (levels > 50)
+
+
+def test_a_square_of_one_colour_is_found_wherever_it_lies() -> None:
+    """Also in a corner, where only a part of the window is inside; beside it everything differs."""
+    for top, left in ((0, 0), (0, 13), (7, 25), (30, 40)):
+        image = np.random.default_rng(0).integers(0, 256, (3, 40, 50), np.uint8)
+        here = (slice(None), slice(top, top + 10), slice(left, left + 10))
+        image[here] = 77
+        expected = np.zeros((40, 50), bool)
+        expected[here[1:]] = True
+        np.testing.assert_array_equal(false_patches._solid(image, np.ones((40, 50), bool)), expected)
+        assert not false_patches._solid(image, ~expected).any()

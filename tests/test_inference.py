@@ -397,6 +397,14 @@ def test_windows_are_those_of_torch(size: tuple[int, int]) -> None:
     assert torch.equal(destroyed_pixels(survival)[1], painted)
 
 
+def test_colour_is_how_far_three_values_are_from_their_mean() -> None:
+    images = torch.randint(0, 256, (2, 3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    kept, weight = torch.ones(2, 1, 20, 30, dtype=torch.bool), torch.ones(2, 1, 20, 30)
+    means = F.avg_pool2d(images.float(), 9, stride=1, padding=4, count_include_pad=False)
+    expected = (means - means.mean(dim=1, keepdim=True)).abs().mean(dim=1, keepdim=True)
+    torch.testing.assert_close(diagnosis._colour(images, kept, weight), expected)
+
+
 def test_an_undamaged_photograph_is_told_as_such() -> None:
     (sigma, flips, patches, gray), _ = perfect_diagnosis()
     assert max(sigma) == max(flips) == max(patches) == 0

@@ -1,7 +1,7 @@
 """A model folder as a function on photographs: uint8 of any sizes in, uint8 of the same sizes out, with a diagnosis."""
 
 from collections import defaultdict
-from collections.abc import Collection, Container
+from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from restore_core import checkpoint, memory, tiles
+from restore_core import checkpoint, memory, streaming, strips, tiles
 from restore_core.checkpoint import ModelFolder
 from restore_core.config import KINDS, Kind, Precision, ResidualUNetConfig, require
 from restore_core.diagnosis import (
@@ -24,7 +24,15 @@ from restore_core.diagnosis import (
 )
 from restore_core.false_patches import without_false_patches
 from restore_core.metrics import to_uint8
-from restore_core.model import Prediction, each, exact_float32, fewest_values, gpu_bfloat16
+from restore_core.model import (
+    Prediction,
+    ResidualUNet,
+    each,
+    exact_float32,
+    fewest_values,
+    gpu_bfloat16,
+    pad_to_multiple,
+)
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -40,6 +48,12 @@ BATCH_PIXELS = {"cpu": 2**17, "cuda": 2**20}
 NATIVE_VALUES = 20480
 """A convolution of one image of no more values than this is not oneDNN's but torch's own, which rounds otherwise
 (torch 2.13, aten/src/ATen/native/Convolution.cpp, `use_mkldnn`)."""
+STRIP = 4
+"""The residual encoder-decoder works from top to bottom, and needs tiles, so many times as wide, only side by side."""
+STRIP_PIXELS = {"cpu": 2**18, "cuda": 2**21}
+"""Of a picture how much it is given at once; in smaller tiles less."""
+MARGIN = 64
+"""Rows above and below those in which the second look at patches decides, pixels."""
 BLOCK = 512
 """Side of the squares in which a picture in tiles is diagnosed, pixels."""
 WILD_SHARE = 0.01
@@ -194,7 +208,7 @@ class Restorer:
         """None when memory ran out. By the return what was taken is free again: no exception holds it any more."""
         try:
             if max(images[0].shape) > rung.tile:
-                return [self._in_tiles(image, rung) for image in images]
+                return [self._in_pieces(image, rung) for image in images]
             return self._whole(images, rung.device)
         except MemoryError:
             return None
@@ -217,15 +231,21 @@ class Restorer:
         return [Restored(*values) for values in zip(pixels, *diagnoses, strict=True)]
 
     @torch.inference_mode()
-    def _in_tiles(self, image: Pixels, rung: Rung) -> Restored:
+    def _in_pieces(self, image: Pixels, rung: Rung) -> Restored:
         """One image, in memory that grows with it by no more than the result and a bit a pixel."""
         height, width, _ = image.shape
-        output, destroyed = tiles.predict(
-            image,
-            lambda batch: self._predict(batch.to(rung.device), rung.device),
-            tile=rung.tile,
-            overlap=min(OVERLAP, rung.tile * 3 // 4),
-        )
+        if isinstance(self.network(rung.device), ResidualUNet):
+            widest = STRIP * rung.tile
+            output, destroyed = strips.predict(
+                image, lambda part: self._from_top(part, rung), widest, min(OVERLAP, widest * 3 // 4)
+            )
+        else:
+            output, destroyed = tiles.predict(
+                image,
+                lambda batch: self._predict(batch.to(rung.device), rung.device),
+                tile=rung.tile,
+                overlap=min(OVERLAP, rung.tile * 3 // 4),
+            )
 
         def tensors(at: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor | None]:
             """Before, after, and survival as far as it is still known: by its sign."""
@@ -256,15 +276,8 @@ class Restorer:
         """Float [B, 3, H, W] and survival logits [B, 1, H, W] for uint8. Raises FloatingPointError."""
         prediction = self._forward(batch, device)
         if self.self_ensemble:
-            mirrored = self._forward(batch.flip(3), device)
-            prediction = each(lambda a, b: (a + b.flip(3)) / 2, prediction, mirrored)
-        image, survival = without_false_patches(batch, prediction)
-        least, most = torch.aminmax(image)  # NaN where any value is
-        if not (torch.isfinite(least) and torch.isfinite(most)):
-            raise FloatingPointError("the network's output is not finite")
-        if (least < -1 or most > 2) and ((image < -1) | (image > 2)).float().mean(dim=(1, 2, 3)).max() > WILD_SHARE:
-            raise FloatingPointError("the network's output is far out of range")
-        return image, survival
+            prediction = each(_mean_of_mirrored, prediction, self._forward(batch.flip(3), device))
+        return _checked(batch, prediction)
 
     def _forward(self, batch: Tensor, device: torch.device) -> Prediction:
         count, _, height, width = batch.shape
@@ -272,10 +285,64 @@ class Restorer:
             # What comes out must not depend on what else there was to do, or a resumed run would write other bytes.
             batch = batch.expand(2, -1, -1, -1)
         x = (batch.float() / 255).contiguous(memory_format=torch.channels_last)
-        fast = gpu_bfloat16(device) if self.precision == "auto" else self.precision == "bfloat16"
-        with torch.autocast(device.type, torch.bfloat16, enabled=fast):
+        with self._autocast(device):
             prediction = self.network(device)(x)
         return each(lambda part: part[:count].float(), prediction)
+
+    def _from_top(self, image: Pixels, rung: Rung) -> strips.Results:
+        """The same as `_predict` for one image [H, W, 3], from top to bottom."""
+        parts = self._streamed(image, rung)
+        if self.self_ensemble:
+            mirrored = self._streamed(image[:, ::-1], rung)
+            parts = (each(_mean_of_mirrored, *pair) for pair in zip(parts, mirrored, strict=True))
+        for shown, inner, prediction in strips.bands(parts, len(image), rung.tile // 4, MARGIN):
+            pixels, survival = _checked(_batch_of(image[shown]).to(rung.device), prediction)
+            yield pixels[:, :, inner], None if survival is None else survival[:, :, inner]
+
+    def _streamed(self, image: Pixels, rung: Rung) -> Iterator[Prediction]:
+        """The same as `_forward` for one image [H, W, 3], from top to bottom."""
+        network = self.network(rung.device)
+        assert isinstance(network, ResidualUNet)
+        height, width, _ = image.shape
+        share = (rung.tile / TILE) ** 2
+        rows = max(1, int(STRIP_PIXELS[rung.device.type] * share) // width // network.multiple) * network.multiple
+
+        def padded() -> Iterator[Tensor]:
+            for top in range(0, height, rows):
+                x = _batch_of(image[top : top + rows]).to(rung.device).float() / 255
+                yield pad_to_multiple(x, network.multiple).contiguous(memory_format=torch.channels_last)
+
+        parts, top = streaming.predict(network, padded()), 0
+        while top < height:
+            with self._autocast(rung.device):  # not around a yield, which would leave it on for others
+                part = next(parts)
+            part = each(lambda values: values[:, :, : height - top, :width].float(), part)  # noqa: B023
+            top += part.image.shape[2]
+            yield part
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        fast = gpu_bfloat16(device) if self.precision == "auto" else self.precision == "bfloat16"
+        return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+def _batch_of(image: Pixels) -> Tensor:
+    """[H, W, 3] -> [1, 3, H, W]"""
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)[None]
+
+
+def _mean_of_mirrored(one: Tensor, mirrored: Tensor) -> Tensor:
+    return (one + mirrored.flip(3)) / 2
+
+
+def _checked(batch: Tensor, prediction: Prediction) -> tuple[Tensor, Tensor | None]:
+    """Image and survival of a prediction, looked at again. Raises FloatingPointError."""
+    image, survival = without_false_patches(batch, prediction)
+    least, most = torch.aminmax(image)  # NaN where any value is
+    if not (torch.isfinite(least) and torch.isfinite(most)):
+        raise FloatingPointError("the network's output is not finite")
+    if (least < -1 or most > 2) and ((image < -1) | (image > 2)).float().mean(dim=(1, 2, 3)).max() > WILD_SHARE:
+        raise FloatingPointError("the network's output is far out of range")
+    return image, survival
 
 
 def check_repair(folder: ModelFolder, repair: Collection[Kind]) -> None:

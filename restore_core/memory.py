@@ -4,12 +4,7 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-
-_M_MMAP_THRESHOLD = -3
-_LARGE_BLOCK, _USUAL_BLOCK = 2**20, 2**25
-"""Bytes. The usual one is where glibc's own threshold ends up in a process that frees large blocks."""
 
 WORKER_BYTES = 500 * 10**6
 """Of a process that holds a bundled model, and its idle codec processes."""
@@ -32,26 +27,6 @@ def trim() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # a libc other than glibc
             ctypes.CDLL(None).malloc_trim(0)
-
-
-@contextlib.contextmanager
-def large_blocks_apart() -> Iterator[None]:
-    """Meanwhile large blocks come from the system one by one and go back when they are freed: none leaves a gap.
-
-    Asking for each costs time; where a process is told to keep what it has, it does so again afterwards.
-    """
-    if sys.platform != "linux":
-        yield
-        return
-    libc = ctypes.CDLL(None)
-    with contextlib.suppress(AttributeError):  # a libc other than glibc
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
-    try:
-        yield
-    finally:
-        kept = ctypes.c_int(min(int(os.environ.get("MALLOC_MMAP_THRESHOLD_", _USUAL_BLOCK)), 2**31 - 1))
-        with contextlib.suppress(AttributeError):
-            libc.mallopt(_M_MMAP_THRESHOLD, kept)
 
 
 class _Mallinfo2(ctypes.Structure):

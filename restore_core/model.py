@@ -167,10 +167,13 @@ class ResidualUNet(nn.Module):
         x = self.bottleneck(x)
         for up, blocks in zip(self.up, self.decoder, strict=True):
             x = blocks(up(x).add_(skips.pop()))
-        x = self.tail(x)[..., :height, :width]  # [B, 7 or 3, H, W]
+        return self.merge(image, self.tail(x)[..., :height, :width])
+
+    def merge(self, image: Tensor, x: Tensor) -> Prediction:
+        """The prediction from the image and what the network says of it, [B, 7 or 3, H, W]."""
         if not self.gate:
             return Prediction(image + x, None)
-        residual, content, survival = x.split([3, 3, 1], dim=1)
+        residual, content, survival = x.split_with_sizes([3, 3, 1], dim=1)
         g = torch.sigmoid(survival)
         kept = image + residual
         return Prediction(g * kept + (1 - g) * (content + 0.5), survival, kept)

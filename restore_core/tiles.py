@@ -22,9 +22,10 @@ class Mask:
     def __init__(self, height: int, width: int) -> None:
         self._bits = np.zeros((height, (width + 7) // 8), np.uint8)
 
-    def set_rows(self, top: int, rows: npt.NDArray[np.bool_]) -> None:
-        """Whole rows, from `top` on."""
-        self._bits[top : top + len(rows)] = np.packbits(rows, axis=1)
+    def set(self, rows: slice, columns: slice, values: npt.NDArray[np.bool_]) -> None:
+        bits = np.unpackbits(self._bits[rows], axis=1)
+        bits[:, columns] = values
+        self._bits[rows] = np.packbits(bits, axis=1)
 
     def __getitem__(self, at: tuple[slice, slice]) -> npt.NDArray[np.bool_]:
         rows, columns = at
@@ -76,7 +77,7 @@ def predict(image: Pixels, network: Predict, tile: int, overlap: int) -> tuple[P
             result[top : bottom - lower, left:right] = to_uint8(both[:3]).permute(1, 2, 0).cpu().numpy()
             if gated:
                 gone[:, left:right] = (both[3] < 0).cpu().numpy()
-        destroyed.set_rows(top, gone)
+        destroyed.set(slice(top, bottom - lower), slice(0, width), gone)
     return result, destroyed if gated else None
 
 

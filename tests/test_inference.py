@@ -1,6 +1,6 @@
 """The network as a function on photographs: any size, any batch, tiles, and what it says was wrong."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from restore_core import checkpoint, codec, degradations, diagnosis, inference, tiles
+from restore_core import checkpoint, codec, degradations, diagnosis, inference, streaming, strips, tiles
 from restore_core.checkpoint import ModelFolder
 from restore_core.config import KINDS, AutoencoderConfig, Kind, ModelConfig, ResidualUNetConfig
 from restore_core.degradations import Generator, degrade, fixed_damage, seed_of
@@ -18,12 +18,13 @@ from restore_core.diagnosis import UNDAMAGED_GRAY, destroyed_pixels, diagnose, r
 from restore_core.errors import UsageError
 from restore_core.inference import CPU, Pixels, Restorer, Rung
 from restore_core.manifest import Row
-from restore_core.model import Prediction, build
+from restore_core.model import Prediction, ResidualUNet, build
 from restore_core.pipelines import stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = ResidualUNetConfig(channels=(8, 16), blocks=(1, 1))
+UNGATED = ResidualUNetConfig(channels=(8, 12, 16), blocks=(1, 1, 1), gate=False)
 
 
 def model_folder(folder: Path, config: ModelConfig = SMALL, *, spoilt: bool = False) -> ModelFolder:
@@ -93,8 +94,8 @@ def test_a_read_only_image_is_no_obstacle(restorer: Restorer) -> None:
 def test_tiles_equal_the_whole_within_one_level(
     restorer: Restorer, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
 ) -> None:
-    # An untrained gate sees patches everywhere; which of them are none is looked at in each tile, of which it sees more
-    # or less. Of the bundled networks that makes no difference here: see at the end of this file.
+    # An untrained gate sees patches everywhere; which of them are none is looked at in each piece, and it sees more or
+    # less of them. Of the bundled networks that makes no difference here: see at the end of this file.
     monkeypatch.setattr(inference, "without_false_patches", lambda damaged, prediction: prediction[:2])
     image = np.tile(skimage.data.astronaut(), (4, 4, 1))[: size[0], : size[1]].copy()
     (tiled,) = restorer([image])
@@ -106,7 +107,7 @@ def test_tiles_equal_the_whole_within_one_level(
 
 
 @pytest.mark.parametrize("size", [(64, 65), (97, 64), (160, 200), (130, 33)])
-@pytest.mark.parametrize("config", [SMALL, ResidualUNetConfig(channels=(8, 12, 16), blocks=(1, 1, 1), gate=False)])
+@pytest.mark.parametrize("config", [SMALL, UNGATED, AutoencoderConfig(depth=2, base_channels=4)])
 def test_many_small_tiles_are_put_together_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], config: ResidualUNetConfig
 ) -> None:
@@ -120,6 +121,79 @@ def test_many_small_tiles_are_put_together_right(
     difference = np.abs(tiled.pixels.astype(int) - whole.pixels)
     assert (difference > 1).mean() < 0.002
     assert difference.mean() < 0.1
+
+
+@pytest.mark.parametrize("config", [SMALL, UNGATED, ResidualUNetConfig(channels=(4, 8, 8, 8), blocks=(2, 1, 2, 1))])
+@pytest.mark.parametrize("rows", [(8,), (8, 8, 8), (16, 40, 8), (1, 7, 2, 3, 3, 60, 4)])
+def test_from_top_to_bottom_comes_to_the_same_as_at_once(config: ResidualUNetConfig, rows: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    network = build(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    image = torch.rand(1, 3, sum(rows), 24).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        parts = list(streaming.predict(network, iter(image.split(rows, dim=2))))
+        whole = network(image)
+    for name, expected in whole._asdict().items():
+        found = [getattr(part, name) for part in parts]
+        if expected is None:
+            assert found == [None] * len(parts)
+        else:
+            torch.testing.assert_close(torch.cat(found, dim=2), expected, rtol=0, atol=1e-5)
+
+
+def test_what_is_done_is_given_out_before_the_next_rows_are_asked_for() -> None:
+    """Else it would hold the whole picture: by this network a row is due 28 further down."""
+    network = build(SMALL)
+    asked = 0
+
+    def rows() -> Iterator[Tensor]:
+        nonlocal asked
+        for _ in range(100):
+            asked += 8
+            yield torch.zeros(1, 3, 8, 16)
+
+    done, late = 0, []
+    with torch.inference_mode():
+        for part in streaming.predict(network, rows()):
+            late.append(asked - done)
+            done += part.image.shape[2]
+    assert done == 800 and max(late) <= 28
+
+
+@pytest.mark.parametrize("options", [{"self_ensemble": True}, {"precision": "bfloat16"}, {"repair": ("noise",)}])
+def test_options_are_the_same_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    monkeypatch.setattr(inference, "without_false_patches", lambda damaged, prediction: prediction[:2])
+    restorer = Restorer(model_folder(tmp_path), **options)  # type: ignore[arg-type]
+    image = photograph(150, 131)
+    (whole,) = restorer([image])
+    monkeypatch.setattr(inference, "TILE", 64)
+    monkeypatch.setitem(inference.STRIP_PIXELS, "cpu", 20 * 132)
+    (pieces,) = restorer([image])
+    assert np.abs(pieces.pixels.astype(int) - whole.pixels).max() <= (2 if "precision" in options else 1)
+    assert (pieces.pixels != whole.pixels).mean() < (0.02 if "precision" in options else 1e-4)
+
+
+@pytest.mark.parametrize("height", [1, 5, 63, 64, 65, 100, 200])
+@pytest.mark.parametrize("counts", [(1,), (7,), (50, 3), (300,)])
+def test_bands_are_all_of_it_with_some_around_them(height: int, counts: tuple[int, ...]) -> None:
+    image = torch.arange(height).reshape(1, 1, height, 1).float()
+
+    def parts() -> Iterator[Prediction]:
+        top, index = 0, 0
+        while top < height:
+            bottom = min(height, top + counts[index % len(counts)])
+            yield Prediction(image[:, :, top:bottom].clone(), None)
+            top, index = bottom, index + 1
+
+    inside = []
+    for shown, inner, piece in strips.bands(parts(), height, 32, 10):
+        assert torch.equal(piece.image, image[:, :, shown])
+        assert shown.start == max(0, shown.start + inner.start - 10)
+        assert shown.stop == min(height, shown.start + inner.stop + 10)
+        inside.append(piece.image[:, :, inner].clone())
+        piece.image.fill_(-1)  # what is changed in one is not changed in the next
+    assert torch.equal(torch.cat(inside, dim=2), image)
 
 
 def tile_number(batch: Tensor, numbers: Iterator[int]) -> tuple[Tensor, Tensor | None]:
@@ -227,11 +301,10 @@ def test_in_tiles_a_choice_of_damages_is_the_same_choice(
 
 
 def knowing_gate(restorer: Restorer, destroyed: Tensor, damaged: Tensor) -> None:
-    """Make the network's gate say what was destroyed, wherever in the image a tile lies, and its image colourful."""
+    """Make the network's gate say what was destroyed, wherever in the image a piece lies, and its image colourful."""
     restorer.least_alone = 0.0
 
-    def tell(module: object, inputs: tuple[Tensor], prediction: Prediction) -> Prediction:
-        (x,) = inputs
+    def tell(x: Tensor, prediction: Prediction) -> Prediction:
         height, width = x.shape[-2:]
         for top in range(damaged.shape[-2] - height + 1):
             for left in range(damaged.shape[-1] - width + 1):
@@ -239,9 +312,16 @@ def knowing_gate(restorer: Restorer, destroyed: Tensor, damaged: Tensor) -> None
                 if torch.equal((damaged[:, :, *here].float() / 255), x):
                     colour = torch.tensor([0.15, 0.0, -0.15]).reshape(1, 3, 1, 1)
                     return Prediction((x + colour).clamp(0, 1), torch.where(destroyed[:, :, *here], -5.0, 5.0))
-        raise AssertionError("no such tile")
+        raise AssertionError("no such piece")
 
-    restorer.networks[CPU].register_forward_hook(tell)  # type: ignore[arg-type]
+    change_what_it_says(restorer.networks[CPU], tell)
+
+
+def change_what_it_says(network: torch.nn.Module, change: Callable[[Tensor, Prediction], Prediction]) -> None:
+    """Of images, float [B, 3, H, W], that it is given at once, and of the pieces in which it works through one."""
+    assert isinstance(network, ResidualUNet)
+    merge = network.merge
+    network.merge = lambda image, x: change(image, merge(image, x))  # type: ignore[method-assign]
 
 
 # --- When memory runs out ------------------------------------------------------------------------------------------
@@ -263,13 +343,14 @@ def short_of_memory(
     seen = []
     restorer.least_alone = 0.0  # else small images that are alone would count twice
 
-    def allocate(module: object, inputs: tuple[Tensor]) -> None:
-        size = inputs[0].shape
+    def allocate(image: Tensor, prediction: Prediction) -> Prediction:
+        size = image.shape
         seen.append((size[0], *size[2:]))
         if size[0] * size[2] * size[3] > pixels:
             raise error
+        return prediction
 
-    restorer.network(device).register_forward_pre_hook(allocate)
+    change_what_it_says(restorer.network(device), allocate)
     return seen
 
 
@@ -287,25 +368,30 @@ def test_out_of_memory_the_batch_is_halved(restorer: Restorer, error: str) -> No
 
 
 @pytest.mark.parametrize("tile", [512, 256])
-def test_out_of_memory_the_tiles_become_smaller(restorer: Restorer, tile: int) -> None:
+def test_out_of_memory_the_pieces_become_smaller(
+    restorer: Restorer, monkeypatch: pytest.MonkeyPatch, tile: int
+) -> None:
     image = np.tile(skimage.data.astronaut(), (2, 2, 1))[:530, :40].copy()
     (whole,) = restorer([image])
-    seen = short_of_memory(restorer, tile * 40)
+    monkeypatch.setitem(inference.STRIP_PIXELS, "cpu", 400 * 40)
+    rows = 400 * tile**2 // 1024**2  # in a strip
+    seen = short_of_memory(restorer, (rows + 4) * 40)
     (tiled,) = restorer([image])
-    assert seen[0] == (1, 530, 40) and seen[-2][1] == tile
+    assert seen[0] == (1, 530, 40) and (1, rows // 2 * 2, 40) in seen
     assert tiled.note == f"out of memory in tiles of 1024 pixels; done in tiles of {tile}"
     assert np.abs(tiled.pixels.astype(int) - whole.pixels).max() <= 1
 
 
-def test_out_of_memory_on_the_gpu_the_cpu_takes_over(tmp_path: Path) -> None:
+def test_out_of_memory_on_the_gpu_the_cpu_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the CPU's own number in the place of a GPU."""
+    monkeypatch.setitem(inference.STRIP_PIXELS, "cpu", 2**16)
     gpu = torch.device("cpu:0")
     restorer, image = Restorer(model_folder(tmp_path), gpu), photograph(300, 20)
     (plenty,) = restorer([image])
     assert list(restorer.networks) == [gpu]
     seen = short_of_memory(restorer, 0, SHORTAGES["torch on CUDA"], gpu)
     (scarce,) = restorer([image])
-    assert seen == [(1, 300, 20), (1, 256, 20)]
+    assert seen[0] == (1, 300, 20) and [size[1] < 204 for size in seen[1:]] == [True]
     assert scarce.note == "out of memory on cpu:0; done on the cpu"
     np.testing.assert_array_equal(scarce.pixels, plenty.pixels)
     short_of_memory(restorer, 256 * 20)
@@ -344,20 +430,21 @@ def item(image: Pixels, key: str) -> stages.Item:
     return stages.Item(row, b"", codec.Picture(image, "PNG", "RGB", width, height, None, False))
 
 
-def test_what_memory_and_network_do_is_in_the_rows(restorer: Restorer) -> None:
+def test_what_memory_and_network_do_is_in_the_rows(restorer: Restorer, monkeypatch: pytest.MonkeyPatch) -> None:
     """One picture finds no memory, another comes out as NaN; the others are restored, and one says how."""
-    sizes = {"small": (10, 10), "batch 1": (16, 16), "batch 2": (16, 16), "tiles": (290, 20), "none": (260, 90)}
+    sizes = {"small": (10, 10), "batch 1": (16, 16), "batch 2": (16, 16), "tiles": (290, 20), "none": (9, 510)}
     items = [item(photograph(*size), key) for key, size in sizes.items()] + [item(photograph(9, 9), "nan")]
-    short_of_memory(restorer, 256 * 20)
+    monkeypatch.setitem(inference.STRIP_PIXELS, "cpu", 16 * 800)  # in tiles of 256 a strip has 800 pixels, or two rows
+    short_of_memory(restorer, 900)
 
-    def spoil(module: object, inputs: tuple[Tensor], prediction: Prediction) -> Prediction:
-        return Prediction(prediction.image * (torch.nan if inputs[0].shape[-1] == 9 else 1), prediction.survival)
+    def spoil(image: Tensor, prediction: Prediction) -> Prediction:
+        return Prediction(prediction.image * (torch.nan if image.shape[-1] == 9 else 1), prediction.survival)
 
-    restorer.networks[CPU].register_forward_hook(spoil)  # type: ignore[arg-type]
+    change_what_it_says(restorer.networks[CPU], spoil)
     stages.restore(items, restorer)
     rows = {item.row.key: item.row for item in items}
     assert {key: row.error for key, row in rows.items() if row.error} == {"none": "out_of_memory", "nan": "model"}
-    assert rows["none"].message == "not enough memory to restore 90 x 260 pixels; use larger machines"
+    assert rows["none"].message == "not enough memory to restore 510 x 9 pixels; use larger machines"
     assert rows["nan"].message == "the network's output is not finite; the original is kept"
     assert rows["tiles"].message == "out of memory in tiles of 1024 pixels; done in tiles of 256"
     for each in items:

@@ -34,8 +34,7 @@ def test_a_budget_fits_into_the_memory_that_it_is_made_from() -> None:
 def test_what_is_allocated_is_not_idle() -> None:
     memory.trim()
     before = memory.idle()
-    with memory.large_blocks_apart():
-        block = np.ones(2**27, np.uint8)
-        assert memory.idle() < before + 2**26
-        del block
+    block = np.ones(2**27, np.uint8)
+    assert memory.idle() < before + 2**26
+    del block
     assert memory.idle() < before + 2**26

@@ -40,8 +40,8 @@ SMALL_FILE_BYTES = 2**14
 STAGE_SECONDS = 900
 """Longer than a unit's files may take to be fetched and decoded, or encoded and written, retries included."""
 LARGE_PIXELS = 2**20
-"""For a picture of that many or more the network takes what it needs piece by piece, and all is given back after it: it
-would be in the encoder's way, and comes again in other sizes."""
+"""After a picture of that many or more what the network took is given back: it would be in the encoder's way, and comes
+again in other sizes."""
 IDLE_BYTES = 3 * 2**29
 """After others it is kept, until so much lies unused: pictures that all differ in size leave gaps that fit no other.
 2**20 pixels through `faces` leave 1.2 GB, which the next ones take."""
@@ -182,11 +182,10 @@ def restore(items: list[Item], restorer: Restorer) -> None:
     waiting = [item for item in items if item.open]
     large = any(item.picture and item.picture.width * item.picture.height >= LARGE_PIXELS for item in waiting)
     started = time.perf_counter()
-    with memory.large_blocks_apart() if large else contextlib.nullcontext():
-        try:
-            results: list[Restored | ItemError] = [*restorer([item.picture.pixels for item in waiting if item.picture])]
-        except (FloatingPointError, MemoryError):
-            results = [_restore_one(item, restorer) for item in waiting]
+    try:
+        results: list[Restored | ItemError] = [*restorer([item.picture.pixels for item in waiting if item.picture])]
+    except (FloatingPointError, MemoryError):
+        results = [_restore_one(item, restorer) for item in waiting]
     seconds = (time.perf_counter() - started) / max(1, len(waiting))
     for item, result in zip(waiting, results, strict=True):
         row = item.row

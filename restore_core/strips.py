@@ -1,0 +1,75 @@
+"""Photographs of any size from top to bottom, for a network that takes some rows at a time; wide ones in columns."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from restore_core.metrics import to_uint8
+from restore_core.model import Prediction, each
+from restore_core.tiles import Mask, Pixels, fade, spans, trimmed
+
+Results = Iterator[tuple[Tensor, Tensor | None]]
+"""Float image [1, 3, n, W] in 0..1 and, from a gated network, survival logits [1, 1, n, W], one below the other."""
+
+
+def predict(
+    image: Pixels, network: Callable[[Pixels], Results], width: int, overlap: int
+) -> tuple[Pixels, Mask | None]:
+    """The network's result for a whole image.
+
+    Args:
+        image: uint8 [H, W, 3]
+        network: for a part of the image that is as high and no wider than `width`.
+        overlap: pixels that neighbouring columns of a wider image share, as tiles do (`tiles.predict`).
+
+    Returns uint8 [H, W, 3], and where the gate says that a pixel was destroyed.
+    """
+    height, whole, _ = image.shape
+    result, destroyed = np.empty_like(image, order="C"), Mask(height, whole)
+    gated = False
+    seam = torch.empty(0)  # [4 or 3, H, seam], what the column to the left has for it
+    for columns in spans(whole, width, overlap):
+        (left, right), before, after = trimmed(columns, whole, overlap)
+        top, parts = 0, []
+        for pixels, survival in network(image[:, slice(*columns)]):
+            gated = survival is not None
+            both = torch.cat([pixels, survival], dim=1)[0] if survival is not None else pixels[0]
+            both = both[:, :, left - columns[0] : right - columns[0]]
+            rows = slice(top, top + both.shape[1])
+            if before:
+                both[:, :, :before] = fade(seam[:, rows], both[:, :, :before], dim=2)
+            if after:
+                parts.append(both[:, :, -after:].clone())
+                both = both[:, :, :-after]
+            at = slice(left, left + both.shape[2])
+            result[rows, at] = to_uint8(both[:3]).permute(1, 2, 0).cpu().numpy()
+            if gated:
+                destroyed.set(rows, at, (both[3] < 0).cpu().numpy())
+            top = rows.stop
+        seam = torch.cat(parts, dim=1) if parts else seam
+    return result, destroyed if gated else None
+
+
+def bands(
+    parts: Iterator[Prediction], height: int, side: int, margin: int
+) -> Iterator[tuple[slice, slice, Prediction]]:
+    """The prediction in pieces that may be changed: of `side` rows, with some around them where there are any.
+
+    Yields the rows of the image that a piece shows, which of its own are not the margin, and the piece.
+    """
+    held: list[Prediction] = []
+    first, count, top = 0, 0, 0  # the first row that is held, how many are, and the first that is due
+    while top < height:
+        bottom = min(top + side, height)
+        end = min(bottom + margin, height)
+        while first + count < end:
+            held.append(next(parts))
+            count += held[-1].image.shape[2]
+        piece = each(lambda *some: torch.cat(some, dim=2), *held)
+        begin = max(0, bottom - margin)
+        held = [each(lambda part: part[:, :, begin - first :].clone(), piece)]  # noqa: B023
+        shown = slice(first, end)
+        yield shown, slice(top - first, bottom - first), each(lambda part: part[:, :, : end - first], piece)  # noqa: B023
+        first, count, top = begin, first + count - begin, bottom

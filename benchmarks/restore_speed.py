@@ -199,7 +199,7 @@ def between_processes(rows: pa.Table, batch_size: int) -> float:
         Row(key=row["key"], size=row["size"], etag=row["etag"], model=row["model"], options=row["options"], run_id="r")
         for row in rows.select(["key", "size", "etag", "model", "options"]).to_pylist()
     ]
-    there = sum(stages.pack(unit).nbytes for unit in object_units(listed, batch_size))
+    there = sum(stages.pack(unit).nbytes for unit in object_units(listed, batch_size, CORES))
     return float((there + rows.nbytes) / len(rows))
 
 

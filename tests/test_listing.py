@@ -15,7 +15,8 @@ import pytest
 
 from restore_core import storage
 from restore_core.errors import StorageError, UsageError
-from restore_core.pipelines.listing import Listed, list_input
+from restore_core.manifest import Row
+from restore_core.pipelines.listing import Listed, list_input, object_units
 from restore_core.storage import LocalStorage, Object, listing, open_storage
 
 if TYPE_CHECKING:
@@ -264,3 +265,23 @@ def test_what_is_listed_before_the_run_begins_is_noted_then(tmp_path: Path, monk
     assert [item.key for item, _ in zip(input.objects, keys, strict=True)] == keys
     noted = Listed(Keys(iter(())), output, "run-2", resume=True)  # type: ignore[arg-type]
     assert [item.key for item in noted] == keys[:14]
+
+
+def test_units_begin_with_one_object_each_and_end_small() -> None:
+    """So that soon there is something to see, and no worker is left alone with much at the end."""
+    rows = [Row(key=f"{index:03}", size=1, etag="e", model="m", options="o", run_id="r") for index in range(100)]
+    units = list(object_units(rows, 16, 2))
+    assert [key for unit in units for key in unit["key"].to_pylist()] == [row.key for row in rows]
+    assert [len(unit) for unit in units] == [1, 1, 16, 16, 16, 13, 10, 7, 5, 4, 3, 2, 2, 1, 1, 1, 1]
+    assert [len(unit) for unit in object_units(rows[:3], 16, 8)] == [1, 1, 1]
+    assert list(object_units([], 16, 8)) == []
+
+
+def test_units_of_large_files_hold_fewer() -> None:
+    rows = [
+        Row(key=f"{index:03}", size=size * 2**20, etag="e", model="m", options="o", run_id="r")
+        for index, size in enumerate([1, 9, 7, 1, 40, 2, 2])
+    ]
+    assert [unit["size"].to_pylist() for unit in object_units(rows * 9, 4, 1)][1:5] == [
+        [9 * 2**20, 7 * 2**20], [2**20], [40 * 2**20], [2**21, 2**21, 2**20, 9 * 2**20],
+    ]  # fmt: skip

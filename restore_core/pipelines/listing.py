@@ -3,7 +3,8 @@
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -202,14 +203,20 @@ UNIT_SCHEMA = pa.schema(
 """A block of the dataset: rows that are done together. For Parquet: their file, row group and output key."""
 
 
-def object_units(rows: Iterable[Row], batch_size: int) -> Iterator[pa.Table]:
-    """Units of at most `batch_size` objects and `BLOCK_BYTES` encoded bytes."""
+def object_units(rows: Sequence[Row], batch_size: int, workers: int) -> Iterator[pa.Table]:
+    """Units of at most `batch_size` objects and `BLOCK_BYTES` encoded bytes.
+
+    The first of each worker is a single object, so that there soon is something to see, and towards the end they become
+    smaller, so that all workers end together.
+    """
     unit: list[Row] = []
-    total = 0
-    for row in rows:
-        if unit and (len(unit) == batch_size or total + row.size > BLOCK_BYTES):
+    total, units = 0, 0
+    for index, row in enumerate(rows):
+        left = len(rows) - index + len(unit)
+        size = 1 if units < workers else min(batch_size, math.ceil(left / (2 * workers)))
+        if unit and (len(unit) >= size or total + row.size > BLOCK_BYTES):
             yield _unit(unit)
-            unit, total = [], 0
+            unit, total, units = [], 0, units + 1
         unit.append(row)
         total += row.size
     if unit:

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import json
 import logging
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -346,10 +345,10 @@ class _Wave:
     groups: list[RowGroup] | None
     """Where the input is Parquet: theirs, whole."""
 
-    def units(self, missing: set[str], size: int) -> Iterator[pa.Table]:
-        """Of what is missing; of objects `size` at most."""
+    def units(self, missing: set[str], batch_size: int, actors: int) -> Iterator[pa.Table]:
+        """Of what is missing; of objects `batch_size` at most."""
         if self.groups is None:
-            yield from object_units((row for key, row in self.rows.items() if key in missing), size)
+            yield from object_units([row for key, row in self.rows.items() if key in missing], batch_size, actors)
             return
         for group in self.groups:
             keys = group.keys.to_pylist()
@@ -490,7 +489,7 @@ def _restore_wave(wave: _Wave, run: RestoreRun, actors: int, options: RestoreOpt
             missing = wave.rows.keys() - account.done
             if not missing:
                 break
-            units = list(wave.units(missing, 1 if alone else _unit_size(options, len(missing), actors)))
+            units = list(wave.units(missing, 1 if alone else options.batch_size, actors))
             dataset = build_dataset(
                 units,
                 run,
@@ -511,11 +510,6 @@ def _restore_wave(wave: _Wave, run: RestoreRun, actors: int, options: RestoreOpt
         context.max_errored_blocks, context.execution_options.resource_limits = allowed, limits
         context.remove_config(BACKPRESSURE_KEY)
         account.flush()
-
-
-def _unit_size(options: RestoreOptions, count: int, actors: int) -> int:
-    """Small jobs in small units, so that every actor gets its share."""
-    return max(1, min(options.batch_size, math.ceil(count / (2 * actors))))
 
 
 def _samples(

@@ -50,19 +50,24 @@ class Waiting:
 
     def take(self, count: int) -> Tensor:
         """The first `count` of those that are left."""
-        taken = []
+        return torch.cat(list(self._first(count)), dim=2)
+
+    def add_to(self, rows: Tensor) -> Tensor:
+        """Add as many as there are, in place."""
+        top = 0
+        for part in self._first(rows.shape[2]):
+            rows[:, :, top : top + part.shape[2]].add_(part)
+            top += part.shape[2]
+        return rows
+
+    def _first(self, count: int) -> Rows:
         while count:
             part = self._parts.popleft()
             if part.shape[2] > count:
                 self._parts.appendleft(part[:, :, count:].clone())  # which lets go of the rest
                 part = part[:, :, :count]
-            taken.append(part)
+            yield part
             count -= part.shape[2]
-        return torch.cat(taken, dim=2) if len(taken) > 1 else taken[0]
-
-    def add_to(self, rows: Tensor) -> Tensor:
-        """Add, in place, as many as there are."""
-        return rows.add_(self.take(rows.shape[2]))
 
 
 def _scale(network: ResidualUNet, level: int, rows: Rows) -> Rows:

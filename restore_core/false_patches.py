@@ -30,7 +30,6 @@ REACH = 8
 COARSE = 15
 """Of the network's change to it, what is coarser than this is left out, pixels."""
 
-
 Pixels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 Sums = npt.NDArray[np.int16]

@@ -41,19 +41,22 @@ TILE = 1024
 SMALLER_TILES = (512, 256)
 """What is tried in turn where memory does not suffice for that."""
 OVERLAP = 256
-"""Pixels that neighbouring tiles share, three quarters of the side of smaller ones. See DECISIONS.md."""
+"""Pixels that neighbouring tiles or columns share, three quarters of the side of smaller ones. See DECISIONS.md."""
 BATCH_PIXELS = {"cpu": 2**17, "cuda": 2**20}
 """Pixels of equal-sized images that go through the network together. More do not fit a CPU's caches: 2**20 took 1.1 to
 1.5 times as long there. About 500 bytes of memory each."""
 NATIVE_VALUES = 20480
 """A convolution of one image of no more values than this is not oneDNN's but torch's own, which rounds otherwise
 (torch 2.13, aten/src/ATen/native/Convolution.cpp, `use_mkldnn`)."""
-STRIP = 4
-"""The residual encoder-decoder works from top to bottom, and needs tiles, so many times as wide, only side by side."""
+COLUMN_TILES = 2
+"""The residual encoder-decoder goes through large pictures from top to bottom, in columns so many tiles wide."""
 STRIP_PIXELS = {"cpu": 2**18, "cuda": 2**21}
-"""Of a picture how much it is given at once; in smaller tiles less."""
+"""How much of such a column it is given at once; as much less as tiles are smaller."""
 MARGIN = 64
-"""Rows above and below those in which the second look at patches decides, pixels."""
+"""Patches are looked at again in a tile's rows at once and so many above and below: a sky should be seen with what is
+around it."""
+SEAM = 32
+"""Over so many rows what was said of one such band fades into what was said of the next."""
 BLOCK = 512
 """Side of the squares in which a picture in tiles is diagnosed, pixels."""
 WILD_SHARE = 0.01
@@ -107,7 +110,7 @@ class Rung:
     batch: int
     """Images of one size."""
     tile: int
-    """Images with a longer side go through in tiles of it, pixels."""
+    """Images with a longer side go through in pieces: tiles of that side, or columns `COLUMN_TILES` times as wide."""
     device: torch.device
 
     def below(self, side: int) -> "Rung | None":
@@ -234,15 +237,16 @@ class Restorer:
     def _in_pieces(self, image: Pixels, rung: Rung) -> Restored:
         """One image, in memory that grows with it by no more than the result and a bit a pixel."""
         height, width, _ = image.shape
+        destroyed: strips.Mask | None = None
         if isinstance(self.network(rung.device), ResidualUNet):
-            widest = STRIP * rung.tile
+            column = COLUMN_TILES * rung.tile
             output, destroyed = strips.predict(
-                image, lambda part: self._from_top(part, rung), widest, min(OVERLAP, widest * 3 // 4)
+                image, lambda part: self._from_top(part, rung), column, min(OVERLAP, column * 3 // 4)
             )
         else:
-            output, destroyed = tiles.predict(
+            output = tiles.predict(
                 image,
-                lambda batch: self._predict(batch.to(rung.device), rung.device),
+                lambda batch: self._predict(batch.to(rung.device), rung.device)[0],
                 tile=rung.tile,
                 overlap=min(OVERLAP, rung.tile * 3 // 4),
             )
@@ -295,9 +299,15 @@ class Restorer:
         if self.self_ensemble:
             mirrored = self._streamed(image[:, ::-1], rung)
             parts = (each(_mean_of_mirrored, *pair) for pair in zip(parts, mirrored, strict=True))
-        for shown, inner, prediction in strips.bands(parts, len(image), rung.tile // 4, MARGIN):
-            pixels, survival = _checked(_batch_of(image[shown]).to(rung.device), prediction)
-            yield pixels[:, :, inner], None if survival is None else survival[:, :, inner]
+        below: Tensor | None = None
+        for shown, inner, prediction in strips.bands(parts, len(image), rung.tile, MARGIN):
+            pixels, survival = _checked(tiles.batch_of(image[shown]).to(rung.device), prediction)
+            both = pixels if survival is None else torch.cat([pixels, survival], dim=1)
+            if below is not None:
+                seam = slice(inner.start, inner.start + below.shape[2])
+                both[:, :, seam] = tiles.fade(below, both[:, :, seam], dim=2)
+            below = both[:, :, inner.stop : inner.stop + SEAM].clone()
+            yield both[:, :3, inner], None if survival is None else both[:, 3:, inner]
 
     def _streamed(self, image: Pixels, rung: Rung) -> Iterator[Prediction]:
         """The same as `_forward` for one image [H, W, 3], from top to bottom."""
@@ -305,11 +315,13 @@ class Restorer:
         assert isinstance(network, ResidualUNet)
         height, width, _ = image.shape
         share = (rung.tile / TILE) ** 2
-        rows = max(1, int(STRIP_PIXELS[rung.device.type] * share) // width // network.multiple) * network.multiple
+        padded_width = width + -width % network.multiple
+        rows = int(STRIP_PIXELS[rung.device.type] * share) // padded_width // network.multiple * network.multiple
+        rows = max(rows, network.multiple)
 
         def padded() -> Iterator[Tensor]:
             for top in range(0, height, rows):
-                x = _batch_of(image[top : top + rows]).to(rung.device).float() / 255
+                x = tiles.batch_of(image[top : top + rows]).to(rung.device).float() / 255
                 yield pad_to_multiple(x, network.multiple).contiguous(memory_format=torch.channels_last)
 
         parts, top = streaming.predict(network, padded()), 0
@@ -323,11 +335,6 @@ class Restorer:
     def _autocast(self, device: torch.device) -> torch.autocast:
         fast = gpu_bfloat16(device) if self.precision == "auto" else self.precision == "bfloat16"
         return torch.autocast(device.type, torch.bfloat16, enabled=fast)
-
-
-def _batch_of(image: Pixels) -> Tensor:
-    """[H, W, 3] -> [1, 3, H, W]"""
-    return torch.from_numpy(image.copy()).permute(2, 0, 1)[None]
 
 
 def _mean_of_mirrored(one: Tensor, mirrored: Tensor) -> Tensor:

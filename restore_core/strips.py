@@ -3,15 +3,35 @@
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from restore_core.metrics import to_uint8
 from restore_core.model import Prediction, each
-from restore_core.tiles import Mask, Pixels, fade, spans, trimmed
+from restore_core.tiles import Pixels, fade, spans, trimmed
 
 Results = Iterator[tuple[Tensor, Tensor | None]]
 """Float image [1, 3, n, W] in 0..1 and, from a gated network, survival logits [1, 1, n, W], one below the other."""
+
+
+class Mask:
+    """One bit a pixel, [H, W]."""
+
+    def __init__(self, height: int, width: int) -> None:
+        self._bits = np.zeros((height, (width + 7) // 8), np.uint8)
+
+    def set(self, rows: slice, columns: slice, values: npt.NDArray[np.bool_]) -> None:
+        first, end = columns.start // 8, (columns.stop + 7) // 8
+        bits = np.unpackbits(self._bits[rows, first:end], axis=1)
+        bits[:, columns.start - 8 * first : columns.stop - 8 * first] = values
+        self._bits[rows, first:end] = np.packbits(bits, axis=1)
+
+    def __getitem__(self, at: tuple[slice, slice]) -> npt.NDArray[np.bool_]:
+        rows, columns = at
+        first = columns.start // 8
+        bits = np.unpackbits(self._bits[rows, first : (columns.stop + 7) // 8], axis=1)
+        return bits[:, columns.start - 8 * first : columns.stop - 8 * first].astype(bool)
 
 
 def predict(

@@ -12,73 +12,49 @@ from restore_core.metrics import to_uint8
 
 Pixels = npt.NDArray[np.uint8]
 Span = tuple[int, int]
-Predict = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-"""uint8 [1, 3, h, w] -> float image [1, 3, h, w] in 0..1 and, from a gated network, survival logits [1, 1, h, w]."""
 
-
-class Mask:
-    """One bit a pixel, [H, W]."""
-
-    def __init__(self, height: int, width: int) -> None:
-        self._bits = np.zeros((height, (width + 7) // 8), np.uint8)
-
-    def set(self, rows: slice, columns: slice, values: npt.NDArray[np.bool_]) -> None:
-        bits = np.unpackbits(self._bits[rows], axis=1)
-        bits[:, columns] = values
-        self._bits[rows] = np.packbits(bits, axis=1)
-
-    def __getitem__(self, at: tuple[slice, slice]) -> npt.NDArray[np.bool_]:
-        rows, columns = at
-        first = columns.start // 8
-        bits = np.unpackbits(self._bits[rows, first : (columns.stop + 7) // 8], axis=1)
-        return bits[:, columns.start - 8 * first : columns.stop - 8 * first].astype(bool)
-
-
-def predict(image: Pixels, network: Predict, tile: int, overlap: int) -> tuple[Pixels, Mask | None]:
+def predict(image: Pixels, network: Callable[[Tensor], Tensor], tile: int, overlap: int) -> Pixels:
     """The network's result for a whole image, from overlapping tiles.
 
     Args:
         image: uint8 [H, W, 3]
+        network: uint8 [1, 3, h, w] -> float [1, 3, h, w] in 0..1
         tile: side of the tiles, pixels.
         overlap: pixels that neighbouring tiles share, a multiple of 16 of at most eight ninths of `tile`. Of it each
             tile's outer seven sixteenths count for nothing, since what lies near a border sees too little around it;
             over the eighth between them one tile fades into the other.
 
-    Returns uint8 [H, W, 3], and where the gate says that a pixel was destroyed. Beside these two it holds one tile and
-    the seam below one row of tiles.
+    Returns uint8 [H, W, 3]. Beside it this holds one tile and the seam below one row of tiles.
     """
     height, width, _ = image.shape
-    result, destroyed = np.empty_like(image, order="C"), Mask(height, width)
-    gated = False
-    above: Tensor | None = None  # [4 or 3, seam, W], what the row of tiles above has for the seam
+    result = np.empty_like(image, order="C")
+    above: Tensor | None = None  # [3, seam, W], what the row of tiles above has for the seam
     for rows in spans(height, tile, overlap):
         (top, bottom), upper, lower = trimmed(rows, height, overlap)
-        gone = np.zeros((bottom - lower - top, width), bool)
         left_seam: Tensor | None = None
         for columns in spans(width, tile, overlap):
             (left, right), before, after = trimmed(columns, width, overlap)
-            batch = torch.from_numpy(image[slice(*rows), slice(*columns)].copy()).permute(2, 0, 1)[None]
-            pixels, survival = network(batch)
-            gated = survival is not None
-            both = torch.cat([pixels, survival], dim=1)[0] if survival is not None else pixels[0]
-            both = both[:, top - rows[0] : bottom - rows[0], left - columns[0] : right - columns[0]]
+            pixels = network(batch_of(image[slice(*rows), slice(*columns)]))[0]
+            pixels = pixels[:, top - rows[0] : bottom - rows[0], left - columns[0] : right - columns[0]]
             if left_seam is not None:
-                both[:, :, :before] = fade(left_seam, both[:, :, :before], dim=2)
-            left_seam = both[:, :, both.shape[2] - after :].clone()
-            both = both[:, :, : both.shape[2] - after]
+                pixels[:, :, :before] = fade(left_seam, pixels[:, :, :before], dim=2)
+            left_seam = pixels[:, :, pixels.shape[2] - after :].clone()
+            pixels = pixels[:, :, : pixels.shape[2] - after]
             right -= after
             if above is None:
-                above = both.new_empty(len(both), lower, width)
+                above = pixels.new_empty(3, lower, width)
             if upper:
-                both[:, :upper] = fade(above[:, :, left:right], both[:, :upper], dim=1)
+                pixels[:, :upper] = fade(above[:, :, left:right], pixels[:, :upper], dim=1)
             if lower:
-                above[:, :, left:right] = both[:, -lower:]
-                both = both[:, :-lower]
-            result[top : bottom - lower, left:right] = to_uint8(both[:3]).permute(1, 2, 0).cpu().numpy()
-            if gated:
-                gone[:, left:right] = (both[3] < 0).cpu().numpy()
-        destroyed.set(slice(top, bottom - lower), slice(0, width), gone)
-    return result, destroyed if gated else None
+                above[:, :, left:right] = pixels[:, -lower:]
+                pixels = pixels[:, :-lower]
+            result[top : bottom - lower, left:right] = to_uint8(pixels).permute(1, 2, 0).cpu().numpy()
+    return result
+
+
+def batch_of(image: Pixels) -> Tensor:
+    """[H, W, 3] -> [1, 3, H, W]"""
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)[None]
 
 
 def spans(length: int, tile: int, overlap: int) -> list[Span]:

@@ -18,6 +18,7 @@ from restore_core.diagnosis import UNDAMAGED_GRAY, destroyed_pixels, diagnose, r
 from restore_core.errors import UsageError
 from restore_core.inference import CPU, Pixels, Restorer, Rung
 from restore_core.manifest import Row
+from restore_core.metrics import to_uint8
 from restore_core.model import Prediction, ResidualUNet, build
 from restore_core.pipelines import stages
 
@@ -106,7 +107,7 @@ def test_tiles_equal_the_whole_within_one_level(
     assert tiled.flips == pytest.approx(whole.flips, abs=0.01)
 
 
-@pytest.mark.parametrize("size", [(64, 65), (97, 64), (160, 200), (130, 33)])
+@pytest.mark.parametrize("size", [(64, 65), (97, 64), (160, 300), (130, 33), (1, 100), (100, 1)])
 @pytest.mark.parametrize("config", [SMALL, UNGATED, AutoencoderConfig(depth=2, base_channels=4)])
 def test_many_small_tiles_are_put_together_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], config: ResidualUNetConfig
@@ -159,15 +160,18 @@ def test_what_is_done_is_given_out_before_the_next_rows_are_asked_for() -> None:
     assert done == 800 and max(late) <= 28
 
 
+@pytest.mark.parametrize("columns", [1, 2])
 @pytest.mark.parametrize("options", [{"self_ensemble": True}, {"precision": "bfloat16"}, {"repair": ("noise",)}])
 def test_options_are_the_same_in_pieces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object], columns: int
 ) -> None:
+    monkeypatch.setattr(inference, "COLUMN_TILES", 2 if columns == 1 else 1)
+    monkeypatch.setattr(inference, "OVERLAP", 48)
     monkeypatch.setattr(inference, "without_false_patches", lambda damaged, prediction: prediction[:2])
     restorer = Restorer(model_folder(tmp_path), **options)  # type: ignore[arg-type]
     image = photograph(150, 131)
     (whole,) = restorer([image])
-    monkeypatch.setattr(inference, "TILE", 64)
+    monkeypatch.setattr(inference, "TILE", 80)
     monkeypatch.setitem(inference.STRIP_PIXELS, "cpu", 20 * 132)
     (pieces,) = restorer([image])
     assert np.abs(pieces.pixels.astype(int) - whole.pixels).max() <= (2 if "precision" in options else 1)
@@ -196,21 +200,30 @@ def test_bands_are_all_of_it_with_some_around_them(height: int, counts: tuple[in
     assert torch.equal(torch.cat(inside, dim=2), image)
 
 
-def tile_number(batch: Tensor, numbers: Iterator[int]) -> tuple[Tensor, Tensor | None]:
-    return torch.full(batch.shape, next(numbers) % 5 / 5).float(), None
+SIZES = [(height, 70) for height in range(1, 180, 7)] + [(130, width) for width in range(1, 180, 7)]
 
 
 @pytest.mark.parametrize("overlap", [16, 32, 48])
 def test_tiles_are_put_together_without_a_gap(overlap: int) -> None:
-    """What does nothing to a tile does nothing to the image, and the gate's word is kept where it was said."""
-
-    def nothing(batch: Tensor) -> tuple[Tensor, Tensor | None]:
-        return batch.float() / 255, batch[:, :1].float() - 100
-
-    sizes = [(height, 70) for height in range(1, 180, 7)] + [(130, width) for width in range(1, 180, 7)]
-    for height, width in sizes:
+    """What does nothing to a tile does nothing to the image."""
+    for height, width in SIZES:
         image = np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
-        result, destroyed = tiles.predict(image, nothing, 64, overlap)
+        result = tiles.predict(image, lambda batch: batch.float() / 255, 64, overlap)
+        np.testing.assert_array_equal(result, image)
+
+
+@pytest.mark.parametrize("overlap", [16, 32, 48])
+def test_columns_are_put_together_without_a_gap(overlap: int) -> None:
+    """So with columns, each of which comes in parts; and the gate's word is kept where it was said."""
+
+    def nothing(column: Pixels) -> strips.Results:
+        assert len(column) == height and column.shape[1] <= 64
+        for part in torch.from_numpy(column.copy()).permute(2, 0, 1)[None].split(50, dim=2):
+            yield part.float() / 255, part[:, :1].float() - 100
+
+    for height, width in SIZES:
+        image = np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
+        result, destroyed = strips.predict(image, nothing, 64, overlap)
         np.testing.assert_array_equal(result, image)
         assert destroyed is not None
         rows, columns = slice(height // 3, height), slice(width // 3, width - width // 4)
@@ -220,8 +233,7 @@ def test_tiles_are_put_together_without_a_gap(overlap: int) -> None:
 def test_a_tile_fades_into_the_next_over_the_middle_of_what_they_share() -> None:
     numbers = iter(range(100))
     image = np.zeros((100, 100, 3), np.uint8)
-    result, destroyed = tiles.predict(image, lambda batch: tile_number(batch, numbers), 64, 32)
-    assert destroyed is None
+    result = tiles.predict(image, lambda batch: torch.full(batch.shape, next(numbers) % 5 / 5), 64, 32)
     levels = result[:, :, 0].astype(int)
     assert levels[:46, :46].max() == 0  # the first tile, up to seven sixteenths of the overlap
     assert (levels[:46, 50:78] == 51).all() and (levels[82:, 82:] == 8 % 5 * 51).all()
@@ -230,6 +242,23 @@ def test_a_tile_fades_into_the_next_over_the_middle_of_what_they_share() -> None
     corner = np.array([[0, 51], [153, 204]])  # tiles 0, 1 and, in the row below, 3 and 4
     both = np.stack([1 - ramp, ramp])
     np.testing.assert_allclose(levels[46:50, 46:50], np.einsum("ay,bx,ab->yx", both, both, corner), atol=0.51)
+
+
+def test_a_sky_is_seen_with_what_is_around_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a picture that is restored in pieces: else where nothing but sky is seen it would pass for a patch."""
+    monkeypatch.setattr(inference, "TILE", 256)
+    monkeypatch.setitem(inference.STRIP_PIXELS, "cpu", 2**14)
+    restorer = Restorer(model_folder(tmp_path))
+    rows, columns = np.mgrid[:700, :200]
+    sky = np.stack([rows * 0.2 + 20, columns * 0.2 + 40, rows * 0.1 + columns * 0.3 + 60], axis=2)
+    image = (sky + np.random.default_rng(0).normal(0, 1.5, sky.shape)).round().astype(np.uint8)
+    image[220:240] = 0  # a horizon, and water that mirrors the sky
+    destroyed = torch.zeros(1, 1, *image.shape[:2], dtype=torch.bool)
+    destroyed[..., :220, :] = True
+    painting_gate(restorer, destroyed, torch.from_numpy(image).permute(2, 0, 1)[None])
+    (result,) = restorer([image])
+    assert result.patches == 0.0
+    np.testing.assert_array_equal(result.pixels[:200], image[:200])
 
 
 def test_in_bfloat16_little_is_another() -> None:
@@ -285,11 +314,10 @@ def test_in_tiles_a_choice_of_damages_is_the_same_choice(
     image = damaged[0].permute(1, 2, 0).contiguous().numpy()
     knowing_gate(restorer, destroyed, damaged)
     (result,) = restorer([image])
-    output, gone = tiles.predict(image, lambda batch: restorer._predict(batch, CPU), 64, 32)
-    assert gone is not None
-    survival = torch.where(torch.from_numpy(gone[slice(0, 70), slice(0, 100)])[None, None], -1.0, 1.0)
-    assert torch.equal(survival[0] < 0, destroyed[0])
-    after = torch.from_numpy(output).permute(2, 0, 1)[None]
+    whole, survival = restorer._predict(damaged, CPU)
+    assert survival is not None and torch.equal(survival[0] < 0, destroyed[0])
+    after = to_uint8(whole)
+    output = after[0].permute(1, 2, 0).numpy()
     sigma, flips, patches, gray = diagnose(damaged, after, survival)
     assert (result.flips, result.patches) == pytest.approx((flips[0], patches[0]), rel=1e-6)
     assert (result.sigma, result.gray) == pytest.approx((sigma[0], gray[0]), rel=1e-4)
@@ -302,6 +330,18 @@ def test_in_tiles_a_choice_of_damages_is_the_same_choice(
 
 def knowing_gate(restorer: Restorer, destroyed: Tensor, damaged: Tensor) -> None:
     """Make the network's gate say what was destroyed, wherever in the image a piece lies, and its image colourful."""
+    colour = torch.tensor([0.15, 0.0, -0.15]).reshape(1, 3, 1, 1)
+    gate_that_knows(restorer, destroyed, damaged, lambda x, gone: Prediction((x + colour).clamp(0, 1), None))
+
+
+def painting_gate(restorer: Restorer, destroyed: Tensor, damaged: Tensor) -> None:
+    """Make the network paint all that was destroyed white, and change nothing else."""
+    gate_that_knows(restorer, destroyed, damaged, lambda x, gone: Prediction(torch.where(gone, 1.0, x), None, x))
+
+
+def gate_that_knows(
+    restorer: Restorer, destroyed: Tensor, damaged: Tensor, says: Callable[[Tensor, Tensor], Prediction]
+) -> None:
     restorer.least_alone = 0.0
 
     def tell(x: Tensor, prediction: Prediction) -> Prediction:
@@ -310,8 +350,8 @@ def knowing_gate(restorer: Restorer, destroyed: Tensor, damaged: Tensor) -> None
             for left in range(damaged.shape[-1] - width + 1):
                 here = slice(top, top + height), slice(left, left + width)
                 if torch.equal((damaged[:, :, *here].float() / 255), x):
-                    colour = torch.tensor([0.15, 0.0, -0.15]).reshape(1, 3, 1, 1)
-                    return Prediction((x + colour).clamp(0, 1), torch.where(destroyed[:, :, *here], -5.0, 5.0))
+                    gone = destroyed[:, :, *here]
+                    return says(x, gone)._replace(survival=torch.where(gone, -5.0, 5.0))
         raise AssertionError("no such piece")
 
     change_what_it_says(restorer.networks[CPU], tell)

@@ -13,6 +13,7 @@ from restore_core.metrics import to_uint8
 Pixels = npt.NDArray[np.uint8]
 Span = tuple[int, int]
 
+
 def predict(image: Pixels, network: Callable[[Tensor], Tensor], tile: int, overlap: int) -> Pixels:
     """The network's result for a whole image, from overlapping tiles.
 

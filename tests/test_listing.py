@@ -267,9 +267,16 @@ def test_what_is_listed_before_the_run_begins_is_noted_then(tmp_path: Path, monk
     assert [item.key for item in noted] == keys[:14]
 
 
+def sized(*sizes: int) -> list[Row]:
+    return [
+        Row(key=f"{index:03}", size=size, etag="e", model="m", options="o", run_id="r")
+        for index, size in enumerate(sizes)
+    ]
+
+
 def test_units_begin_with_one_object_each_and_end_small() -> None:
     """So that soon there is something to see, and no worker is left alone with much at the end."""
-    rows = [Row(key=f"{index:03}", size=1, etag="e", model="m", options="o", run_id="r") for index in range(100)]
+    rows = sized(*[2**18] * 100)
     units = list(object_units(rows, 16, 2))
     assert [key for unit in units for key in unit["key"].to_pylist()] == [row.key for row in rows]
     assert [len(unit) for unit in units] == [1, 1, 16, 16, 16, 13, 10, 7, 5, 4, 3, 2, 2, 1, 1, 1, 1]
@@ -277,11 +284,13 @@ def test_units_begin_with_one_object_each_and_end_small() -> None:
     assert list(object_units([], 16, 8)) == []
 
 
+def test_units_of_small_files_are_no_smaller_than_is_worth_their_way() -> None:
+    assert [len(unit) for unit in object_units(sized(*[2**16] * 50), 16, 2)] == [1, 1, 12, 9, 7, 5, 4, 4, 4, 3]
+    assert [len(unit) for unit in object_units(sized(*[2**10] * 50), 16, 2)] == [1, 1, 13, 13, 13, 9]
+
+
 def test_units_of_large_files_hold_fewer() -> None:
-    rows = [
-        Row(key=f"{index:03}", size=size * 2**20, etag="e", model="m", options="o", run_id="r")
-        for index, size in enumerate([1, 9, 7, 1, 40, 2, 2])
-    ]
-    assert [unit["size"].to_pylist() for unit in object_units(rows * 9, 4, 1)][1:5] == [
+    rows = sized(*[size * 2**20 for size in (1, 9, 7, 1, 40, 2, 2)] * 9)
+    assert [unit["size"].to_pylist() for unit in object_units(rows, 4, 1)][1:5] == [
         [9 * 2**20, 7 * 2**20], [2**20], [40 * 2**20], [2**21, 2**21, 2**20, 9 * 2**20],
     ]  # fmt: skip

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 16 * 2**20
 """Encoded bytes that go to an actor at once: about 300 MB of pixels for JPEG."""
+LEAST_BYTES = 2**18
+"""Encoded bytes below which a unit's way through Ray takes longer than its work: half a second on a CPU."""
 NOTED_OBJECTS = 25_000
 """So many are listed before they are noted down together."""
 
@@ -206,15 +208,16 @@ UNIT_SCHEMA = pa.schema(
 def object_units(rows: Sequence[Row], batch_size: int, workers: int) -> Iterator[pa.Table]:
     """Units of at most `batch_size` objects and `BLOCK_BYTES` encoded bytes.
 
-    The first of each worker is a single object, so that there soon is something to see, and towards the end they become
-    smaller, so that all workers end together.
+    The first of each worker is a single object, so that there soon is something to see. Towards the end they become
+    smaller, so that all workers end together, but not less than `LEAST_BYTES`.
     """
     unit: list[Row] = []
     total, units = 0, 0
+    most = min(batch_size, math.ceil(len(rows) / (2 * workers)))  # so that every worker gets its share of a small job
     for index, row in enumerate(rows):
         left = len(rows) - index + len(unit)
-        size = 1 if units < workers else min(batch_size, math.ceil(left / (2 * workers)))
-        if unit and (len(unit) >= size or total + row.size > BLOCK_BYTES):
+        enough = units < workers or (total >= LEAST_BYTES and len(unit) >= math.ceil(left / (2 * workers)))
+        if unit and (enough or len(unit) == most or total + row.size > BLOCK_BYTES):
             yield _unit(unit)
             unit, total, units = [], 0, units + 1
         unit.append(row)

@@ -162,7 +162,8 @@ def test_a_driver_that_is_killed_around_an_append(
         driver = start_few(processes, few, output, small_model(1), notes, COUNTED_DEATH=f"{moment} 2")
         assert killed(driver), processes.said(driver, "err")
         recorded = keys_of(ledger(output))
-        assert len(recorded) == FEW_FLUSH * (1 if moment == "before" else 2)  # in whole units
+        appends = 1 if moment == "before" else 2
+        assert 0 <= len(recorded) - FEW_FLUSH * appends < FEW_BATCH * appends  # in whole units
         written = outputs(output).keys()
         assert recorded <= written
         if moment == "before":

@@ -253,9 +253,7 @@ class Restorer:
 
         def tensors(at: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor | None]:
             """Before, after, and survival as far as it is still known: by its sign."""
-            before, after = (
-                torch.from_numpy(pixels[at].copy()).permute(2, 0, 1)[None].to(rung.device) for pixels in (image, output)
-            )
+            before, after = (tiles.batch_of(pixels[at]).to(rung.device) for pixels in (image, output))
             if destroyed is None:
                 return before, after, None
             gone = torch.from_numpy(destroyed[at])[None, None].to(rung.device)
@@ -307,7 +305,7 @@ class Restorer:
                 seam = slice(inner.start, inner.start + below.shape[2])
                 both[:, :, seam] = tiles.fade(below, both[:, :, seam], dim=2)
             below = both[:, :, inner.stop : inner.stop + SEAM].clone()
-            yield both[:, :3, inner], None if survival is None else both[:, 3:, inner]
+            yield both[:, :, inner]
 
     def _streamed(self, image: Pixels, rung: Rung) -> Iterator[Prediction]:
         """The same as `_forward` for one image [H, W, 3], from top to bottom."""

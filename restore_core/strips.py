@@ -11,8 +11,8 @@ from restore_core.metrics import to_uint8
 from restore_core.model import Prediction, each
 from restore_core.tiles import Pixels, fade, spans, trimmed
 
-Results = Iterator[tuple[Tensor, Tensor | None]]
-"""Float image [1, 3, n, W] in 0..1 and, from a gated network, survival logits [1, 1, n, W], one below the other."""
+Results = Iterator[Tensor]
+"""[1, C, n, W], one below the other: the image, float in 0..1, and, where the network is gated, survival logits."""
 
 
 class Mask:
@@ -53,10 +53,9 @@ def predict(
     for columns in spans(whole, width, overlap):
         (left, right), before, after = trimmed(columns, whole, overlap)
         top, parts = 0, []
-        for pixels, survival in network(image[:, slice(*columns)]):
-            gated = survival is not None
-            both = torch.cat([pixels, survival], dim=1)[0] if survival is not None else pixels[0]
-            both = both[:, :, left - columns[0] : right - columns[0]]
+        for planes in network(image[:, slice(*columns)]):
+            gated = planes.shape[1] == 4
+            both = planes[0, :, :, left - columns[0] : right - columns[0]]
             rows = slice(top, top + both.shape[1])
             if before:
                 both[:, :, :before] = fade(seam[:, rows], both[:, :, :before], dim=2)

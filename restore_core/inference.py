@@ -1,5 +1,7 @@
 """A model folder as a function on photographs: uint8 of any sizes in, uint8 of the same sizes out, with a diagnosis."""
 
+import contextlib
+import threading
 from collections import defaultdict
 from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass, replace
@@ -135,7 +137,7 @@ class Rung:
 
 
 class Restorer:
-    """The network in memory, ready for images.
+    """The network in memory, ready for images, also of several threads: a GPU copies one's beside another's work.
 
     Args:
         folder: weights and architecture.
@@ -167,6 +169,7 @@ class Restorer:
         """An image of no more pixels goes through the network on the CPU twice where it would be alone."""
         self.networks: dict[torch.device, nn.Module] = {}
         self.network(self.device)
+        self._thread = threading.local()
 
     def network(self, device: torch.device) -> nn.Module:
         """The network on a device; on the CPU beside a GPU only once it is needed there."""
@@ -185,9 +188,19 @@ class Restorer:
         for index, image in enumerate(images):
             same_size[image.shape].append(index)
         results: dict[int, Restored] = {}
-        for indices in same_size.values():
-            results |= zip(indices, self._of_one_size([images[index] for index in indices]), strict=True)
+        with self._own_stream():
+            for indices in same_size.values():
+                results |= zip(indices, self._of_one_size([images[index] for index in indices]), strict=True)
         return [results[index] for index in range(len(images))]
+
+    def _own_stream(self) -> contextlib.AbstractContextManager[object]:
+        """What a GPU is given to do waits only for what the same thread gave it."""
+        if self.device.type != "cuda":
+            return contextlib.nullcontext()
+        if not hasattr(self._thread, "stream"):
+            self._thread.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            self._thread.stream.wait_stream(torch.cuda.default_stream(self.device))  # which brings the weights
+        return torch.cuda.stream(self._thread.stream)
 
     def _of_one_size(self, images: list[Pixels]) -> list[Restored]:
         height, width, _ = images[0].shape
@@ -223,14 +236,14 @@ class Restorer:
     @torch.inference_mode()
     def _whole(self, images: list[Pixels], device: torch.device) -> list[Restored]:
         """Images of one size as one batch."""
-        batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)  # [B, 3, H, W]
+        batch = _on(device, torch.from_numpy(np.stack(images))).permute(0, 3, 1, 2)  # [B, 3, H, W]
         image, survival = self._predict(batch, device)
         output = to_uint8(image)
         diagnoses = diagnose(batch, output, survival)
         if survival is not None and len(self.repair) < len(KINDS):
             lost_colour = torch.tensor([gray >= UNDAMAGED_GRAY for gray in diagnoses[3]], device=device)
             output = repair_only(self.repair, batch, output, survival, lost_colour)
-        pixels = output.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        pixels = _from_device(output.permute(0, 2, 3, 1).contiguous()).numpy()
         return [Restored(*values) for values in zip(pixels, *diagnoses, strict=True)]
 
     @torch.inference_mode()
@@ -333,6 +346,21 @@ class Restorer:
     def _autocast(self, device: torch.device) -> torch.autocast:
         fast = gpu_bfloat16(device) if self.precision == "auto" else self.precision == "bfloat16"
         return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+def _on(device: torch.device, values: Tensor) -> Tensor:
+    """Through pinned memory, from which a GPU fetches by itself, while it works on what another thread gave it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
+def _from_device(values: Tensor) -> Tensor:
+    """The other way."""
+    if values.device.type != "cuda":
+        return values
+    result = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    result.copy_(values, non_blocking=True)
+    torch.cuda.current_stream(values.device).synchronize()
+    return result
 
 
 def _mean_of_mirrored(one: Tensor, mirrored: Tensor) -> Tensor:

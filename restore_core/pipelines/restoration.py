@@ -217,10 +217,12 @@ def build_dataset(
     }  # fmt: skip
     actor = {**each, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 1}
     dataset = ray.data.from_arrow([stages.pack(unit) for unit in units])
-    # One is worked on and one waits, so that no actor does.
+    # With GPUs two are worked on, so that one's pixels come and go while the network has the other's; and one waits.
+    together = 2 if separate and not alone else 1
     pool = ray.data.ActorPoolStrategy(
-        min_size=actors, max_size=max(actors, most_actors), max_tasks_in_flight_per_actor=1 if alone else 2
-    )
+        min_size=actors, max_size=max(actors, most_actors), max_tasks_in_flight_per_actor=1 if alone else together + 1,
+        max_concurrent_calls_per_actor=together, enable_true_multi_threading=together > 1,
+    )  # fmt: skip
     with warnings.catch_warnings():
         # max_task_retries has no other way in yet; without it a poisoned unit would be tried for ever.
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", DeprecationWarning)

@@ -31,6 +31,7 @@ def page() -> str:
         "# Measured",
         "Written by `python benchmarks/page.py` from the result files in this folder; each says how it came about.",
         *restoring(),
+        *networks(),
         *training(),
         *growing(),
         *remembering(),
@@ -76,6 +77,27 @@ def restoring() -> Iterator[str]:
             f"{result['object_store_bytes_per_image']:,} bytes an image between processes of Ray. "
             f"{result['images']:,} images, {result['encoded_bytes'] / 1e6:.1f} MB."
         )
+        if "dollars_per_hour" in result:
+            yield (
+                f"A million images cost {result['dollars_per_million_images']:.2f} dollars "
+                f"at {result['dollars_per_hour']:.2f} an hour."
+            )
+        yield origin(result)
+
+
+def networks() -> Iterator[str]:
+    results = [json.loads(path.read_text()) for path in sorted((FOLDER / "network").glob("*.json"))]
+    if results:
+        yield "## The networks alone"
+    for result in results:
+        ways = list(result["rows"][0]["images_per_second"])
+        title = f"`{result['model']['name']}`, {result['precision']}, {result['side']} px, {result['device']}"
+        lines = [f"| {title}: at once | {' | '.join(ways)} | of its convolutions |", "|" + "---|" * (len(ways) + 2)]
+        for row in result["rows"]:
+            rates = " | ".join(f"{row['images_per_second'][way]:,.1f}" for way in ways)
+            lines.append(f"| {row['images']} | {rates} | {row['of its convolutions']:.2f} |")
+        yield "\n".join(lines)
+        yield f"Images a second; {result['teraflops_at_most']:g} TFLOP/s at the most."
         yield origin(result)
 
 
@@ -90,7 +112,12 @@ def training() -> Iterator[str]:
         f"| `{result['preset']}` at {result['size']} px | samples/s |\n|---|---|\n"
         f"| jobs/train.py | {rates['job']:.1f} |\n| the same steps in a bare loop | {rates['bare loop']:.1f} |"
     )
-    yield f"Median of the ratios: {result['ratio']:.2f}. {result['seconds_around_the_epochs']:.0f} s around the epochs."
+    reached = result["seconds_to_that"]
+    yield (
+        f"Median of the ratios: {result['ratio']:.2f}. {result['seconds_around_the_epochs']:.0f} s around the epochs. "
+        f"Noise 25 at {result['psnr_noise_25']:.1f} dB "
+        + ("is not reached." if reached is None else f"after {reached:.0f} s of epochs, validation included.")
+    )
     yield origin(result)
 
 

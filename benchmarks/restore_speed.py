@@ -71,6 +71,8 @@ class RestoreSpeed:
     """With whom the job takes turns."""
     rounds: int = 5
     """How often each has its turn; the medians count."""
+    dollars_per_hour: float | None = None
+    """What the machine costs: then it is written down what a million images cost."""
 
     def __post_init__(self) -> None:
         require(self.images >= 4 * CORES, "images", self.images, f"use {4 * CORES} or more")
@@ -263,6 +265,9 @@ def main(job: RestoreSpeed) -> int:
         },
         "rounds": rates,
     }
+    if job.dollars_per_hour is not None:
+        result["dollars_per_hour"] = job.dollars_per_hour
+        result["dollars_per_million_images"] = round(job.dollars_per_hour / 3600 * 1e6 / steady, 2)
     job.output.parent.mkdir(parents=True, exist_ok=True)
     job.output.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({name: result[name] for name in ("images_per_second", "ratios", "memory_mb")}, indent=2))

@@ -3,13 +3,16 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import skimage.data
+import torch
 from PIL import Image
 
-from benchmarks import corpora, memory, page, restore_speed
+from benchmarks import corpora, memory, network_speed, page, restore_speed
 from benchmarks.contestants import CORES
+from restore_core import checkpoint
 
 Models = Callable[[int], Path]
 
@@ -44,6 +47,7 @@ def test_all_take_turns_and_the_page_says_so(
         photographs=photographs, corpus="jpeg-250", images=4 * CORES, output=tmp_path / "restore/small.json",
         model=str(small_model(1)), batch_size=2, rounds=1,
         contestants=("plain loop", "pool", "data loader", "codec only", "model only", "model only, pool"),
+        dollars_per_hour=1.8,
     )  # fmt: skip
     assert restore_speed.main(job) == 0
     result = json.loads(job.output.read_text())
@@ -53,11 +57,46 @@ def test_all_take_turns_and_the_page_says_so(
     slower = min(rates["codec only"], max(rates["model only"], rates["model only, pool"]))
     ratio = rates["job, steady state"] / slower
     assert result["ratios"]["of the slower floor"] == pytest.approx(ratio, abs=0.001)  # three decimals are written
+    assert result["dollars_per_million_images"] == pytest.approx(500 / rates["job, steady state"], abs=0.01)
     assert "driver" in result["memory_mb"]  # the others may be gone before they are looked at
     (tmp_path / "growth.json").write_text((page.FOLDER / "growth.json").read_text())
     monkeypatch.setattr(page, "FOLDER", tmp_path)
     assert f"| {rates['plain loop']:.2f} |" in page.page()
     assert f"| **{rates['job, steady state']:.1f}** |" in page.summary()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_network_is_held_against_its_convolutions(
+    precision: Literal["float32", "bfloat16"], small_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = network_speed.NetworkSpeed(
+        output=tmp_path / "network/small.json", model=str(small_model(1)), side=32, batches=(1, 2), rounds=1,
+        precision=precision,
+    )  # fmt: skip
+    assert network_speed.main(job) == 0
+    result = json.loads(job.output.read_text())
+    assert [row["images"] for row in result["rows"]] == [1, 2]
+    for row in result["rows"]:
+        rates = row["images_per_second"]
+        assert row["of its convolutions"] == pytest.approx(rates["network"] / rates["its convolutions"], abs=0.001)
+        assert row["of its convolutions"] > 0
+    (tmp_path / "growth.json").write_text((page.FOLDER / "growth.json").read_text())
+    monkeypatch.setattr(page, "FOLDER", tmp_path)
+    assert f"| 2 | {result['rows'][1]['images_per_second']['network']:,.1f} |" in page.page()
+
+
+def test_all_convolutions_run_as_in_the_network(small_model: Models, tmp_path: Path) -> None:
+    job = network_speed.NetworkSpeed(output=tmp_path / "small.json")
+    network = checkpoint.load(checkpoint.read(str(small_model(1))))
+    shapes: list[tuple[str, torch.Size]] = []
+    for name, layer in network.named_modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+            layer.register_forward_hook(lambda _, inputs, output, name=name: shapes.append((name, output.shape)))
+    x = torch.rand(2, 3, 32, 48)
+    run = network_speed.convolutions(network, x, job)
+    there, shapes[:] = shapes.copy(), []
+    run()
+    assert shapes == there and len(there) > 5
 
 
 def test_memory_is_looked_at_over_many_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

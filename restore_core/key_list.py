@@ -82,7 +82,10 @@ def _objects(table: pa.Table, input: Storage) -> Iterator[Object]:
     rows = once()
     with ThreadPoolExecutor(THREADS) as pool:
         while window := list(islice(rows, 32 * THREADS)):
-            yield from pool.map(version, window)
+            for item in pool.map(version, window):
+                marker = item.key.endswith("/") and item.etag and not item.size
+                if not marker:  # of a folder, which a listing leaves out too
+                    yield item
 
 
 def _inventory(data: bytes, input: Storage) -> Iterator[pa.Table]:
@@ -150,8 +153,7 @@ def _of_columns(table: pa.Table, input: Storage) -> pa.Table:
         table = table.filter(mine)
         keys = pc.utf8_slice_codeunits(table["key"], len(root))
         table = table.set_column(table.schema.get_field_index("key"), "key", keys)
-        marker = pc.or_(pc.ends_with(keys, "/"), pc.equal(keys, ""))
-        table = table.filter(pc.invert(marker))
+        table = table.filter(pc.not_equal(keys, ""))
     return _completed(table)
 
 

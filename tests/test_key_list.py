@@ -87,6 +87,7 @@ ROWS: list[tuple[str, Any, Any, int, str]] = [
     ("in/old.jpg", False, False, 3, "e0"),
     ("in/deleted.jpg", True, True, 0, ""),
     ("in/folder/", True, False, 0, "e2"),
+    ("in/no folder/", True, False, 9, "e5"),
     ("in/z 100%.jpg", True, False, 4, "e3"),
     ("elsewhere/c.jpg", True, False, 5, "e4"),
 ]
@@ -116,9 +117,23 @@ def test_an_s3_inventory(s3: str, moto_client: "S3Client", format: str) -> None:
     }  # fmt: skip
     moto_client.put_object(Bucket="inventories", Key="m/manifest.json", Body=json.dumps(manifest).encode())
     found = list(read_key_list("s3://inventories/m/manifest.json", open_storage("s3://photos/in/")))
-    assert [(item.key, item.size, item.etag) for item in found] == [("a+b é.jpg", 3, "e1"), ("z 100%.jpg", 4, "e3")]
+    assert [(item.key, item.size, item.etag) for item in found] == [
+        ("a+b é.jpg", 3, "e1"), ("no folder/", 9, "e5"), ("z 100%.jpg", 4, "e3"),
+    ]  # fmt: skip
     with pytest.raises(UsageError, match=r"--keys s3://inventories/m/manifest.json: lists bucket photos, not that of"):
         read_key_list("s3://inventories/m/manifest.json", open_storage("s3://inventories/"))
+
+
+def test_a_key_that_ends_in_a_slash_is_left_out_only_where_it_is_empty(
+    s3: str, moto_client: "S3Client", tmp_path: Path
+) -> None:
+    """As in a listing of the bucket."""
+    for key, data in (("in/marker/", b""), ("in/photo/", b"a photograph")):
+        moto_client.put_object(Bucket="photos", Key=key, Body=data)
+    bucket = open_storage("s3://photos/in/")
+    found = list(read_key_list(write(tmp_path / "list", b"gone/\nmarker/\nphoto/\n"), bucket))
+    assert [item.key for item in found] == ["gone/", "photo/"]
+    assert found[1:] == list(bucket.list())
 
 
 def test_lists_that_cannot_be_used_are_refused(tmp_path: Path, photos: LocalStorage) -> None:

@@ -126,6 +126,20 @@ def test_parquet(tmp_path: Path, restore: Restore, keyed: bool) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=written.schema), shard)
     changed = "row 3" if keyed else "faces.parquet#3"
     assert findings(tmp_path / "in", output, report) == {("changed", changed)}
+    # As many of the same bytes, and yet not where they belong; one too many; of a failed one another original.
+    key = (lambda index: f"row {index}") if keyed else (lambda index: f"faces.parquet#{index}")
+    for name, altered, wrong in (
+        ("faces-00000", lambda rows: [rows[1], rows[0], *rows[2:]], {0, 1}),
+        ("faces-00000", lambda rows: [*rows, rows[0]], {0, 1, 2, 3, 4}),
+        ("faces-00001", lambda rows: [rows[0] | {"image": b"nothing"}, *rows[1:]], {5}),
+    ):
+        intact = pq.read_table(output / f"{name}.parquet") if name != "faces-00000" else written
+        changed_rows = pa.Table.from_pylist(altered(intact.to_pylist()), schema=intact.schema)
+        pq.write_table(changed_rows, output / f"{name}.parquet")
+        assert findings(tmp_path / "in", output, report) == {("changed", key(index)) for index in wrong}
+        pq.write_table(intact, output / f"{name}.parquet")
+        assert findings(tmp_path / "in", output, report) == set()
+
     shard.write_bytes(shard.read_bytes()[:-9])
     assert len(findings(tmp_path / "in", output, report)) == 5
     pq.write_table(pa.table({"words": ["no", "images"]}), shard)

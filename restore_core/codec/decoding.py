@@ -7,7 +7,7 @@ import re
 import struct
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,6 +67,15 @@ class Picture:
     alpha), uint8 [H, W, 4] (CMYK) or [H, W, 3] (LAB); else None."""
     left_out: int = 0
     """Further frames or pages of the file."""
+
+    @property
+    def shown(self) -> Pixels:
+        """The pixels the way up that viewers show them: a view, or the pixels themselves."""
+        return _TO_SHOWN[self.orientation or 1](self.pixels)
+
+    def stored(self, shown: Pixels) -> Pixels:
+        """The other way: uint8 [H, W, 3] in the stored orientation, a view of pixels as they are shown."""
+        return _TO_SHOWN[{6: 8, 8: 6}.get(self.orientation or 1, self.orientation or 1)](shown)
 
 
 @dataclass(frozen=True, eq=False)
@@ -402,6 +411,18 @@ def _orientation(image: ImageFile.ImageFile) -> int | None:
 def _valid(orientation: object) -> int | None:
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else None
 
+
+# By EXIF orientation; all but 6 and 8 are their own inverse.
+_TO_SHOWN: dict[int, Callable[[Pixels], Pixels]] = {
+    1: lambda pixels: pixels,
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
 
 _UNDO_TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,

@@ -56,7 +56,7 @@ class Row:
     gray: float | None = None
     """Estimated probability that colour was lost, 0 to 1."""
     orientation: int | None = None
-    """EXIF orientation of the file, 1 to 8; the pixels stay as they are stored."""
+    """EXIF orientation of the file, 1 to 8, in which its pixels stay stored."""
     change: float | None = None
     """Mean absolute difference between output and input, of 255."""
     seconds: float | None = None

@@ -62,6 +62,19 @@ class RowGroups:
                 file = self.groups[group].file
                 yield Object(key, file.size, file.etag)
 
+    def places(self) -> pa.Table:
+        """Of all rows: `key`, `file` (the output), `row` (their place in it), `rows` (how many it has)."""
+        counts = np.diff(self.starts)
+        files = pa.array([group.output_key for group in self.groups], pa.string())
+        return pa.table(
+            {
+                "key": self._keys,
+                "file": files.take(pa.array(np.repeat(np.arange(len(counts)), counts))),
+                "row": np.arange(self.starts[-1]) - np.repeat(self.starts[:-1], counts),
+                "rows": np.repeat(counts, counts),
+            }
+        )
+
     def check(self, uri: str) -> None:
         """Raise UsageError for keys that occur twice or are missing, or outputs that would be one."""
         if not len(self.order):

@@ -177,12 +177,15 @@ def _describe(row: Row, picture: codec.Picture) -> None:
 
 
 def restore(items: list[Item], restorer: Restorer) -> None:
-    """Run the network over the items that are still open, together where it goes, else one by one."""
+    """Run the network over the items that are still open, together where it goes, else one by one.
+
+    It sees them the way up that viewers show them: faces that lie on their side are not what it knows.
+    """
     waiting = [item for item in items if item.open]
     large = any(item.picture and item.picture.width * item.picture.height >= LARGE_PIXELS for item in waiting)
     started = time.perf_counter()
     try:
-        results: list[Restored | ItemError] = [*restorer([item.picture.pixels for item in waiting if item.picture])]
+        results: list[Restored | ItemError] = [*restorer([item.picture.shown for item in waiting if item.picture])]
     except (FloatingPointError, MemoryError):
         results = [_restore_one(item, restorer) for item in waiting]
     seconds = (time.perf_counter() - started) / max(1, len(waiting))
@@ -197,7 +200,8 @@ def restore(items: list[Item], restorer: Restorer) -> None:
         row.message = "; ".join(text for text in (row.message, result.note) if text) or None
         row.sigma, row.flips, row.patches = result.sigma, result.flips, result.patches
         row.gray = None if gray_file else result.gray
-        item.restored = None if result.undamaged(gray_file=gray_file, repair=restorer.repair) else result.pixels
+        undamaged = result.undamaged(gray_file=gray_file, repair=restorer.repair)
+        item.restored = None if undamaged else item.picture.stored(result.pixels)
     if large or memory.idle() > IDLE_BYTES:
         release_memory()
 
@@ -205,7 +209,7 @@ def restore(items: list[Item], restorer: Restorer) -> None:
 def _restore_one(item: Item, restorer: Restorer) -> Restored | ItemError:
     assert item.picture is not None
     try:
-        return restorer([item.picture.pixels])[0]
+        return restorer([item.picture.shown])[0]
     except FloatingPointError as error:
         return ItemError("model", f"{error}; the original is kept")
     except MemoryError as error:

@@ -18,7 +18,7 @@ from restore_core import manifest, sources
 from restore_core.errors import ItemError, UsageError
 from restore_core.manifest import Ledger, Sorted
 from restore_core.pipelines import cluster
-from restore_core.pipelines.listing import Input, list_input
+from restore_core.pipelines.listing import Input, RowGroups, list_input
 from restore_core.storage import Object, Storage
 
 Finding = Literal["unaccounted", "outdated", "missing", "changed", "unreadable", "extra", "temporary"]
@@ -37,7 +37,11 @@ MEANING: dict[Finding, str] = {
 IO_THREADS = 8
 UNIT_FILES, UNIT_SHARDS, WAVE_UNITS = 256, 8, 1000
 """Files and Parquet shards that are read by one task, and tasks that are handed to Ray at once."""
-WRITTEN = pa.schema([(name, pa.string()) for name in ("key", "output_key", "output_sha256")])
+ROWS = ("key", "output_key", "output_sha256", "input_sha256")
+WRITTEN = pa.schema(
+    [*((name, pa.string()) for name in ROWS), ("file", pa.string()), ("row", pa.int64()), ("rows", pa.int64())]
+)
+"""Of the ledger; and the output file, which row of it where it is a Parquet shard of the input's, of how many."""
 FINDINGS = pa.schema([("finding", pa.string()), ("key", pa.string())])
 
 
@@ -69,8 +73,8 @@ def verify(input: Storage, output: Storage, keys: str | None = None) -> Verifica
     listed = statuses.total() + sum(finding == "unaccounted" for finding, _ in findings)
     findings += _of_files(output, ledger, targets)
     hashed = 0
-    for wave in _waves(ledger):
-        hashed += sum(map(len, wave))
+    for wave in _waves(ledger, listing.groups):
+        hashed += sum(pc.count(unit["output_sha256"]).as_py() for unit in wave)
         findings += _of_contents(wave, output)
     return Verification(listed=listed, statuses=dict(sorted(statuses.items())), hashed=hashed, findings=findings)
 
@@ -108,15 +112,15 @@ def _values(ledger: Ledger, columns: tuple[str, ...]) -> Iterator[tuple[Any, ...
         yield from zip(*(table[name].to_pylist() for name in columns), strict=True)
 
 
-def _waves(ledger: Ledger) -> Iterator[list[pa.Table]]:
-    """What was written: key, output_key and output_sha256, in units; the rows of a Parquet shard stay together."""
-    shards = [WRITTEN.empty_table()]
+def _waves(ledger: Ledger, groups: RowGroups | None) -> Iterator[list[pa.Table]]:
+    """What was written, as `WRITTEN`, in units; the rows of a Parquet shard stay together, failed ones too."""
+    shards = []
     waiting, wave = WRITTEN.empty_table(), list[pa.Table]()
-    for table in ledger.rows(WRITTEN.names):
-        written = table.filter(pc.is_valid(table["output_key"]))
-        file = pc.equal(written["key"], written["output_key"])
-        shards.append(written.filter(pc.invert(file)))
-        waiting = pa.concat_tables([waiting, written.filter(file)])
+    for table in ledger.rows(ROWS):
+        single = pc.fill_null(pc.equal(table["key"], table["output_key"]), fill_value=False)
+        shards.append(table.filter(pc.invert(single)))
+        files = table.filter(single)
+        waiting = pa.concat_tables([waiting, _placed(files, files["output_key"])])
         while len(waiting) >= UNIT_FILES:
             wave.append(waiting[:UNIT_FILES])
             waiting = waiting[UNIT_FILES:]
@@ -124,11 +128,30 @@ def _waves(ledger: Ledger) -> Iterator[list[pa.Table]]:
             yield wave
             wave = []
     wave.append(waiting)
-    files = _by_file(pa.concat_tables(shards).sort_by("output_key"))
+    files = _by_file(_of_shards(pa.concat_tables(shards), groups)) if shards else []
     for start in range(0, len(files), UNIT_SHARDS):
         rows = [row for file in files[start : start + UNIT_SHARDS] for row in file]
         wave.append(pa.Table.from_pylist(rows, schema=WRITTEN))
     yield [unit for unit in wave if len(unit)]
+
+
+def _of_shards(rows: pa.Table, groups: RowGroups | None) -> pa.Table:
+    """Rows whose output is part of a file, sorted by it, with their places there as far as the input still tells."""
+    if groups is not None:
+        rows = rows.join(groups.places(), "key")
+        elsewhere = pc.fill_null(pc.not_equal(rows["file"], rows["output_key"]), fill_value=False)
+        here = pc.and_(pc.is_valid(rows["file"]), pc.invert(elsewhere))
+        known, rows = rows.filter(here), rows.filter(pc.invert(here)).select(ROWS)
+    written = rows.filter(pc.is_valid(rows["output_key"]))
+    found = _placed(written, written["output_key"])
+    if groups is not None:
+        found = pa.concat_tables([known.select(WRITTEN.names).cast(WRITTEN), found])
+    return found.sort_by([("file", "ascending"), ("row", "ascending")])
+
+
+def _placed(rows: pa.Table, file: pa.ChunkedArray) -> pa.Table:
+    nulls = pa.nulls(len(rows), pa.int64())
+    return pa.table([*(rows[name] for name in ROWS), file, nulls, nulls], schema=WRITTEN)
 
 
 def _of_contents(units: list[pa.Table], output: Storage) -> list[tuple[Finding, str]]:
@@ -150,30 +173,45 @@ def _check_unit(unit: pa.Table, output: Storage) -> pa.Table:
     return pa.Table.from_pylist(found, schema=FINDINGS)
 
 
-def _by_file(rows: pa.Table) -> list[list[dict[str, str]]]:
-    return [list(group) for _, group in groupby(rows.to_pylist(), key=lambda row: row["output_key"])]
+def _by_file(rows: pa.Table) -> list[list[dict[str, Any]]]:
+    return [list(group) for _, group in groupby(rows.to_pylist(), key=lambda row: (row["file"], row["row"] is None))]
 
 
-def _check_file(rows: list[dict[str, str]], output: Storage) -> list[dict[str, str]]:
+def _check_file(rows: list[dict[str, Any]], output: Storage) -> list[dict[str, str]]:
     """The findings about one output file, which several rows have in common where it is a Parquet shard."""
-    name = rows[0]["output_key"]
+    name = rows[0]["file"]
+    images: list[bytes | None]
     try:
         data = output.read(name)
         images = [data] if rows[0]["key"] == name else _images_of_shard(data)
     except ItemError as error:
         finding = "missing" if error.error == "vanished" else "unreadable"
-        return [{"finding": finding, "key": row["key"]} for row in rows]
+        return [{"finding": finding, "key": row["key"]} for row in rows if row["output_key"]]
     except (OSError, pa.ArrowException, UsageError):  # no longer a Parquet file of images
         images = []
-    there = Counter(hashlib.sha256(image).hexdigest() for image in images)
-    expected = Counter(row["output_sha256"] for row in rows)
+    hashes = [None if image is None else hashlib.sha256(image).hexdigest() for image in images]
+    right = _in_their_places if rows[0]["row"] is not None else _anywhere
     return [
         {"finding": "changed", "key": row["key"]}
-        for row in rows
-        if there[row["output_sha256"]] < expected[row["output_sha256"]]
+        for row, well in zip(rows, right(rows, hashes), strict=True)
+        if not well
     ]
 
 
-def _images_of_shard(data: bytes) -> list[bytes]:
+def _in_their_places(rows: list[dict[str, Any]], hashes: list[str | None]) -> Iterator[bool]:
+    """Whether each row's image is what was written, or, where it has failed, the original; and none is too many."""
+    for row in rows:
+        expected = row["output_sha256"] or row["input_sha256"]
+        yield len(hashes) == row["rows"] and (expected is None or hashes[row["row"]] == expected)
+
+
+def _anywhere(rows: list[dict[str, Any]], hashes: list[str | None]) -> Iterator[bool]:
+    """The same of one file, or of a shard of which the input no longer tells the order."""
+    there, expected = Counter(hashes), Counter(row["output_sha256"] for row in rows)
+    for row in rows:
+        yield there[row["output_sha256"]] >= expected[row["output_sha256"]]
+
+
+def _images_of_shard(data: bytes) -> list[bytes | None]:
     table = pq.read_table(pa.BufferReader(data))
-    return [image for image in sources.image_bytes(table[sources.image_column(table.schema)]) if image]
+    return sources.image_bytes(table[sources.image_column(table.schema)])

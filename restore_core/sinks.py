@@ -19,7 +19,9 @@ Pixels = npt.NDArray[np.uint8]
 
 SOFTWARE = "restore_core"
 JUDGED_PIXELS = 256
-"""Smaller pictures may well end in one colour, or in black and white."""
+"""Smaller pictures may well end in one colour, or in black and white, unless that is far from what they were."""
+FAR = 64
+"""Mean absolute difference that no damage has, of 255: noise of sigma 75 moves values by 50 at most."""
 VARIED = 9
 """From here on the spread of a picture's local means (of their middle half, of 255) is more than noise or flips."""
 LOCAL = 16
@@ -43,15 +45,15 @@ def encode(
     strip_metadata: bool,
     max_change: float | None = None,
 ) -> bytes:
-    """The restored pixels (uint8 [H, W, 3]) in the source's format; fills in the row's status and change.
+    """The restored pixels (uint8 [H, W, 3]) in the source's format; fills in the row's change, then its status.
 
     Raises ItemError: `model` where nothing of the picture is left in the result (see `nothing_left`), or it differs
     by more than `max_change` (mean absolute difference, of 255); `encode`.
     """
     difference = compare(picture.pixels, restored)
+    change = row.change = difference.change
     if reason := nothing_left(difference, picture.pixels, restored):
         raise ItemError("model", f"{reason}; the original is kept")
-    change = difference.change
     if max_change is not None and change > max_change:
         raise ItemError("model", f"the result differs by {change:.1f} of 255, over --max-change; the original is kept")
     data = codecs.encode(
@@ -62,7 +64,6 @@ def encode(
         strip_metadata=strip_metadata,
     )
     row.status = "restored"
-    row.change = change
     return data
 
 
@@ -102,7 +103,8 @@ def nothing_left(difference: Difference, before: Pixels, after: Pixels) -> str |
     colour. Line art ends in black and white, and most of its values were near them before.
     """
     if difference.pixels < JUDGED_PIXELS:
-        return None
+        nothing = difference.clipped == 1 and difference.change > FAR
+        return "the network returned nothing but black and white" if nothing else None
     if difference.flat and _variation(before) > VARIED and _share_within(SAME, before, after) < 0.5:
         return "the network returned one flat colour"
     if difference.clipped > CLIPPED_SHARE and _share_within(NEAR, before, after) < 0.5:

@@ -66,7 +66,8 @@ def test_a_failure_forgets_the_output() -> None:
     failed = row(output_sha256="x", change=1.0)
     failed.fail("write", "disk full")
     assert (failed.status, failed.error, failed.message) == ("failed", "write", "disk full")
-    assert failed.output_key is failed.output_sha256 is failed.change is None
+    assert failed.output_key is failed.output_sha256 is None
+    assert failed.change == 1.0  # of what was not written
 
 
 def test_an_overview_counts_and_picks_samples() -> None:

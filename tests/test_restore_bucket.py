@@ -643,6 +643,7 @@ def test_what_would_change_too_much_is_not_written(tmp_path: Path, run: Run) -> 
     assert {key for key, row in rows.items() if row.status == "failed"} == kept
     for key in kept:
         assert rows[key].error == "model" and "over --max-change; the original is kept" in str(rows[key].message)
+    assert {key: row.change for key, row in rows.items()} == changes
     assert run(source, output) == 0  # another option, so all of it is done again
     assert {row.status for row in assert_closed(output, set(keys)).values()} == {"restored"}
 
@@ -676,12 +677,13 @@ def test_undamaged_photographs_are_copied_byte_for_byte(tmp_path: Path, run: Run
     np.testing.assert_array_equal(codec.decode(stripped).pixels, codec.decode(with_exif).pixels)
 
 
-def test_a_network_that_has_gone_bad_writes_nothing(tmp_path: Path, run: Run) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e9])
+def test_a_network_that_has_gone_bad_writes_nothing(tmp_path: Path, run: Run, value: float) -> None:
     import torch
 
     config = ResidualUNetConfig(channels=(4,), blocks=(1,))
     model = build(config)
-    torch.nn.init.constant_(model.tail.bias, torch.nan)
+    torch.nn.init.constant_(model.tail.bias, value)
     checkpoint.save(model, config, {}, tmp_path / "spoilt")
     source = write_tree(tmp_path / "in", {"a.jpg": GOOD["a/face.jpg"], "b.jpg": GOOD["a/tiny.jpg"]})
     assert run(source, tmp_path / "out", tmp_path / "spoilt") == 1
@@ -790,21 +792,23 @@ def test_the_hugging_face_layout_passes_through(tmp_path: Path, run: Run) -> Non
         None,
         {"bytes": None, "path": "elsewhere.jpg"},
         {"bytes": GOOD["alpha.png"], "path": None},
+        {"bytes": b"", "path": "empty.jpg"},
     ]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    table = pa.table({"label": pa.array([3, 1, 2, 0], pa.int64()), "picture": pa.array(cells, kind)})
+    table = pa.table({"label": pa.array([3, 1, 2, 0, 4], pa.int64()), "picture": pa.array(cells, kind)})
     table = table.replace_schema_metadata({"huggingface": "{}"})
     (tmp_path / "in/data").mkdir(parents=True)
     pq.write_table(table, tmp_path / "in/data/train-0.parquet")
-    assert run(tmp_path / "in", tmp_path / "out", batch_size=2) == 0
+    assert run(tmp_path / "in", tmp_path / "out", batch_size=2, max_failed_share=1) == 0
     rows = ledger_of(tmp_path / "out")
-    assert sorted(rows) == [f"data/train-0.parquet#{index}" for index in range(4)]
-    assert [rows[key].error for key in sorted(rows)] == [None, "not_an_image", "not_an_image", None]
+    assert sorted(rows) == [f"data/train-0.parquet#{index}" for index in range(5)]
+    errors = [None, "not_an_image", "not_an_image", None, "not_an_image"]
+    assert [rows[key].error for key in sorted(rows)] == errors
     restored = pq.read_table(tmp_path / "out/data/train-0.parquet")
     assert restored.schema.equals(table.schema, check_metadata=True)
     assert restored["label"].equals(table["label"])
     after = restored["picture"].to_pylist()
-    assert after[1:3] == cells[1:3]
+    assert after[1:3] == cells[1:3] and after[4] == cells[4]
     assert [after[0]["path"], after[3]["path"]] == ["face.jpg", None]
     np.testing.assert_array_equal(codec.decode(after[3]["bytes"]).alpha, codec.decode(GOOD["alpha.png"]).alpha)
     assert rows["data/train-0.parquet#0"].output_sha256 == hashlib.sha256(after[0]["bytes"]).hexdigest()

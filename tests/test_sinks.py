@@ -164,6 +164,14 @@ def test_what_held_little_may_be_restored_to_that(name: str, damage: str) -> Non
     assert sinks.nothing_left(sinks.compare(before, image), before, image) is None
 
 
-def test_tiny_pictures_are_not_judged() -> None:
+def test_tiny_pictures_may_be_of_one_colour_but_not_of_any() -> None:
     before = skimage.data.coffee()[100:115, 100:117]
-    assert written(before, np.zeros_like(before)).status == "restored"
+    assert written(before, np.full_like(before, round(before.mean()))).status == "restored"
+    dark = before // 8
+    assert written(dark, np.zeros_like(dark)).status == "restored"
+    for size in (before.shape[0], 1):
+        part = before[:size, :size]
+        for value in (0, 255):
+            if abs(part.mean() - value) > sinks.FAR:
+                with pytest.raises(ItemError, match="model: the network returned nothing but black and white"):
+                    written(part, np.full_like(part, value))

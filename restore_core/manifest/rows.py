@@ -58,7 +58,7 @@ class Row:
     orientation: int | None = None
     """EXIF orientation of the file, 1 to 8, in which its pixels stay stored."""
     change: float | None = None
-    """Mean absolute difference between output and input, of 255."""
+    """Mean absolute difference between result and input, of 255; also of a result that was not written."""
     seconds: float | None = None
     """Time spent on this object, its share of the batch's time where it was in one."""
     attempt: int = 1
@@ -71,7 +71,7 @@ class Row:
 
     def fail(self, error: ErrorClass, message: str) -> None:
         self.status, self.error, self.message = "failed", error, message
-        self.output_key = self.output_sha256 = self.change = None
+        self.output_key = self.output_sha256 = None
 
 
 _TYPES: dict[str, pa.DataType] = {

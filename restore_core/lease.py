@@ -1,7 +1,8 @@
 """One writer at a time: a file in the output, created only if it is not there, and renewed while its owner lives.
 
 Stands on conditional writes (If-None-Match and If-Match on S3, links on disk), so it needs no other service. Clocks of
-machines that share an output should agree within a few seconds, as NTP keeps them.
+machines that share an output need not agree: before a lease of another machine is taken over it is watched, since a
+living owner renews it.
 """
 
 import contextlib
@@ -20,6 +21,8 @@ from restore_core.storage import Object, Storage
 
 RENEW_SECONDS, EXPIRE_SECONDS = 15.0, 60.0
 """How often a living owner renews its lease, and how old the lease of a dead one has to be. Seconds."""
+WATCH_SECONDS = 20.0
+"""How long that of another machine must then not be renewed."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,12 @@ class Owner:
         since = datetime.fromtimestamp(self.since, UTC).isoformat(" ", "seconds")
         return f"host {self.host!r}, process {self.pid}, since {since}"
 
-    def dead(self) -> bool:
-        """Whether it has stopped renewing, or was a process of this machine that is gone."""
-        if time.time() - self.renewed > EXPIRE_SECONDS:
-            return True
+    def expired(self) -> bool:
+        """Whether it has stopped renewing, by this machine's clock."""
+        return time.time() - self.renewed > EXPIRE_SECONDS
+
+    def gone(self) -> bool:
+        """Whether it was a process of this machine that is gone."""
         machine = _machine()
         return bool(machine) and self.process.startswith(machine) and self.process != _process(self.pid)
 
@@ -119,19 +124,24 @@ class Lease:
             version = self._put(None)
         else:
             owner = self._parse(data)
-            if not owner.dead():
+            assert found is not None
+            if not (owner.gone() or (owner.expired() and self._rests(found))):
                 left = max(1, round(EXPIRE_SECONDS - (time.time() - owner.renewed)))
                 raise UsageError(
                     f"{self._option} {self._output.uri}: another restore is at work there ({owner.describe()}); wait "
                     f"until it ends, or, if it was killed, start again in {left} s"
                 )
-            assert found is not None
             version = self._put(found.etag)
         if version is None:
             raise UsageError(
                 f"{self._option} {self._output.uri}: another restore began at the same moment; wait for it"
             )
         return version
+
+    def _rests(self, found: Object) -> bool:
+        """Whether nobody renews it. Clocks may differ by more than a lease lasts."""
+        time.sleep(WATCH_SECONDS)
+        return self._stored() == found
 
     def _stored(self) -> Object | None:
         return next((item for item in self._output.list(self._key) if item.key == self._key), None)

@@ -31,6 +31,11 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
         yield open_storage("s3://photos/out/")
 
 
+@pytest.fixture(autouse=True)
+def short_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "WATCH_SECONDS", 0.3)
+
+
 def rewrite(output: Storage, **changes: object) -> None:
     output.write(KEY, json.dumps({**json.loads(output.read(KEY)), **changes}).encode())
 
@@ -86,6 +91,25 @@ def test_a_lease_of_another_machine_counts_until_it_has_expired(output: Storage)
         rewrite(output, renewed=time.time() - lease.EXPIRE_SECONDS - 1)
         with Lease(output, KEY, "third"):
             assert json.loads(output.read(KEY))["run_id"] == "third"
+
+
+def test_a_living_owner_whose_clock_is_behind_is_left_alone(output: Storage) -> None:
+    with Lease(output, KEY, "first"):
+        rewrite(output, host="elsewhere", process="elsewhere/boot/pid/17/3", renewed=time.time() - 3600)
+        ended = threading.Event()
+
+        def renew() -> None:
+            while not ended.wait(0.05):
+                rewrite(output, renewed=time.time() - 3600)
+
+        owner = threading.Thread(target=renew)
+        owner.start()
+        try:
+            with pytest.raises(UsageError, match=r"another restore is at work there \(host 'elsewhere'"):
+                Lease(output, KEY, "second").__enter__()
+        finally:
+            ended.set()
+            owner.join()
 
 
 def test_a_living_owner_renews_and_learns_that_it_has_lost(output: Storage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,3 +135,6 @@ def test_what_an_object_costs_is_measured() -> None:
         memory = max(row["first run, driver MB"], row["nothing left to do, driver MB"])
         cells = row["first run, s"], row["first row, s"], row["nothing left to do, s"], memory
         assert f"| {row['objects']:,} | " + " | ".join(map(str, cells)) + " |" in README
+    some, most = (row["first run, driver MB"] for row in growth["results"][-2:])
+    slope = (most - some) / 0.9  # between 100,000 and a million
+    assert f"{slope:.0f} MB more a million objects: 10 million would take {(most + 9 * slope) / 1000:.1f} GB" in README

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 import pytest
@@ -21,6 +22,10 @@ from jobs import restore_bucket, verify_bucket
 from jobs.restore_bucket import RestoreBucket
 from jobs.verify_bucket import VerifyBucket
 from restore_core.manifest import Ledger, Row
+from restore_core.storage import open_storage
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
 # The proof (verify_bucket) needs a Ray in this process: the one that all tests share.
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -99,7 +104,7 @@ def again(local_ray: None, small_model: Models, tmp_path_factory: pytest.TempPat
     """Run the job in this process; exit code 0. Returns the keys that it has written, and how often."""
     from restore_core.pipelines import restoration
 
-    def restore(source: Path, output: Path, model: Path | None = None, **options: bool) -> Counter[str]:
+    def restore(source: Path | str, output: Path | str, model: Path | None = None, **options: bool) -> Counter[str]:
         notes = Notes(tmp_path_factory.mktemp("notes") / "notes")
         job = RestoreBucket(
             input=str(source), output=str(output), model=str(model or small_model(1)), device="cpu",
@@ -126,7 +131,9 @@ def restored(again: Again, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return outputs(folder / "out")
 
 
-def start_few(processes: Started, source: Path, output: Path, model: Path, notes: Notes, **settings: str) -> Process:
+def start_few(
+    processes: Started, source: Path | str, output: Path | str, model: Path, notes: Notes, **settings: str
+) -> Process:
     return processes.run(
         "counted_driver.py", "--input", source, "--output", output, "--model", model,
         "--workers", FEW_ACTORS, "--batch-size", FEW_BATCH,
@@ -237,11 +244,38 @@ def test_while_the_ledger_is_written_nothing_new_begins(
     assert max(unrecorded) <= 2 * (FEW_ACTORS * 2 * FEW_BATCH) < FEW - FEW_FLUSH, unrecorded
 
 
+@pytest.mark.faults
+def test_a_driver_that_is_killed_over_a_bucket(
+    s3: str, moto_client: "S3Client", tmp_path: Path, small_model: Models, again: Again, restored: dict[str, bytes]
+) -> None:
+    for key, data in images(FEW).items():
+        moto_client.put_object(Bucket="photos", Key=f"in/{key}", Body=data)
+    source, output, notes = "s3://photos/in", "s3://photos/out", Notes(tmp_path / "notes")
+    with started(tmp_path) as processes:
+        driver = start_few(processes, source, output, small_model(1), notes)
+        wait_for(lambda: driver.poll() is not None or notes.count() >= FEW // 2)
+        kill(driver.pid)
+        assert killed(driver), processes.said(driver, "err")
+        recorded = set(Ledger(open_storage(output), "reader").latest()["key"].to_pylist())
+        assert 0 < len(recorded) < FEW
+        later = again(source, output)
+        processes.wait_until_gone()
+    assert later == Counter(images(FEW).keys() - recorded)
+    place = open_storage(output)
+    written = {item.key: place.read(item.key) for item in place.list() if not item.key.startswith("_restore/")}
+    assert written == {key: restored[key] for key in images(FEW)}
+    assert not place.exists("_restore/lease.json")
+    assert "Uploads" not in moto_client.list_multipart_uploads(Bucket="photos")
+    assert verify_bucket.main(VerifyBucket(input=source, output=output)) == 0
+
+
 # --- All victims, everywhere ---------------------------------------------------------------------------------------
 
 MANY, BATCH, FLUSH = 2000, 16, 200
 PLACES = (10, 50, 90, 99, None)
-VICTIMS = ("actor", "node", "driver", "head")
+VICTIMS = ("actor", "node", "driver", "head", "cluster")
+"""On the head the driver runs, too; "cluster" is all but the driver."""
+CASES = [(victim, place) for victim in VICTIMS for place in PLACES if victim != "cluster" or place == 50]
 
 
 @pytest.fixture(scope="module")
@@ -270,19 +304,21 @@ def uninterrupted(many: Path, small_model: Models, tmp_path_factory: pytest.Temp
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place}%" if place else "random")
-@pytest.mark.parametrize("victim", VICTIMS)
+@pytest.mark.parametrize(
+    ("victim", "place"), CASES, ids=[f"{victim}-{place}%" if place else f"{victim}-random" for victim, place in CASES]
+)
 def test_nothing_is_lost_or_doubled(
     tmp_path: Path, many: Path, uninterrupted: dict[str, bytes], small_model: Models, victim: str, place: int | None
 ) -> None:
     seed = 100 * VICTIMS.index(victim) + PLACES.index(place)
     chance = random.Random(seed)
-    actors = 3 if victim in ("node", "head") else 2
+    nodes = victim not in ("actor", "driver")
+    actors = 3 if nodes else 2
     at = round((place or chance.uniform(1, 99)) / 100 * MANY)
     output, first, second = tmp_path / "out", Notes(tmp_path / "first"), Notes(tmp_path / "second")
     with started(tmp_path) as processes:
         cluster, raylets, settings = None, [], {}
-        if victim in ("node", "head"):
+        if nodes:
             cluster = Nodes(processes, head_cpus=2)
             cluster.add(2)
             cluster.add(2)
@@ -298,13 +334,15 @@ def test_nothing_is_lost_or_doubled(
             targets = [driver.pid]
         else:
             assert cluster is not None
-            targets = [driver.pid, cluster.process.pid]
+            targets = [cluster.process.pid, *([driver.pid] if victim == "head" else [])]
             targets += [pid for process in targets for pid in descendants(process, "")]
         assert driver.poll() is None, "it was done already: " + processes.said(driver, "err")
         kill(*targets)
         killed_at = first.count()
         if driver.pid in targets:  # which stays a zombie: its lease must count as a dead one's
             assert killed(driver)
+        elif victim == "cluster":
+            assert driver.wait(600) != 0
         else:
             assert driver.wait(600) == 0, processes.said(driver, "err")
         recorded = keys_of(ledger(output))

@@ -417,6 +417,22 @@ def test_frames_and_pages_are_restored_one_by_one(
         assert image.n_frames == 1
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_gpu_that_fails_ends_its_process(
+    device: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What CUDA calls sticky errors: all later calls of the process fail too, whatever the photograph."""
+    from restore_core.pipelines.restoration import fresh_after_errors
+
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(SystemExit if device == "cuda" else RuntimeError), fresh_after_errors(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    assert ("an illegal memory access" in capfd.readouterr().err) == (device == "cuda")
+
+
 # --- Started again -------------------------------------------------------------------------------------------------
 
 

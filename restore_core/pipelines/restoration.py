@@ -8,7 +8,10 @@ import contextlib
 import functools
 import json
 import logging
+import os
+import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -146,13 +149,30 @@ class RestoreUnit(Stage):
         unit = stages.unpack(packed)
         rows = manifest.rows_of(unit.select(manifest.SCHEMA.names))
         file, group, target = (unit[name][0].as_py() for name in ("file", "group", "target"))
-        if file is None:
-            return manifest.table_of(stages.restore_objects(rows, self.run, self.restorer, self.pool, self.codecs))
-        return manifest.table_of(
-            stages.restore_row_group(
-                rows, file, group, target, self.run, self.restorer, self.pool, self.codecs, self.batch_size
-            )
-        )
+        with fresh_after_errors(self.run.device):
+            if file is None:
+                done = stages.restore_objects(rows, self.run, self.restorer, self.pool, self.codecs)
+            else:
+                done = stages.restore_row_group(
+                    rows, file, group, target, self.run, self.restorer, self.pool, self.codecs, self.batch_size
+                )
+        return manifest.table_of(done)
+
+
+@contextlib.contextmanager
+def fresh_after_errors(device: str) -> Iterator[None]:
+    """End the process where a GPU fails: no later call on it would succeed, while a new process can go on.
+
+    Ray starts one, tries the unit once more, and then each of its objects alone.
+    """
+    try:
+        yield
+    except RuntimeError:
+        if device != "cuda":
+            raise
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 @functools.lru_cache(maxsize=1)
@@ -174,13 +194,14 @@ class RestoreItems:
     """items with pixels -> items with restored pixels"""
 
     def __init__(self, run: "list[ray.ObjectRef[RestoreRun]]") -> None:
-        known: RestoreRun = ray.get(run[0])
-        torch.set_num_threads(known.threads)
-        self.restorer = known.restorer()
+        self.run: RestoreRun = ray.get(run[0])
+        torch.set_num_threads(self.run.threads)
+        self.restorer = self.run.restorer()
 
     def __call__(self, packed: pa.Table) -> pa.Table:
         items = stages.items_of_table(stages.unpack(packed))
-        stages.restore(items, self.restorer)
+        with fresh_after_errors(self.run.device):
+            stages.restore(items, self.restorer)
         return stages.pack(stages.items_to_table(items))
 
 

@@ -345,7 +345,8 @@ class Restorer:
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         fast = gpu_bfloat16(device) if self.precision == "auto" else self.precision == "bfloat16"
-        return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+        # All threads would share its cache of weights.
+        return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
 
 
 def _on(device: torch.device, values: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ living owner renews it.
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import threading
@@ -19,10 +20,12 @@ from typing import Self
 from restore_core.errors import ItemError, StorageError, UsageError
 from restore_core.storage import Object, Storage
 
+logger = logging.getLogger(__name__)
+
 RENEW_SECONDS, EXPIRE_SECONDS = 15.0, 60.0
-"""How often a living owner renews its lease, and how old the lease of a dead one has to be. Seconds."""
-WATCH_SECONDS = 20.0
-"""How long that of another machine must then not be renewed."""
+"""How often a living owner renews its lease, and how long a dead one has not. Seconds."""
+WATCH_SECONDS = 1.0
+"""How often a lease is looked at that may be a dead one's."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,10 @@ class Owner:
         since = datetime.fromtimestamp(self.since, UTC).isoformat(" ", "seconds")
         return f"host {self.host!r}, process {self.pid}, since {since}"
 
-    def expired(self) -> bool:
-        """Whether it has stopped renewing, by this machine's clock."""
-        return time.time() - self.renewed > EXPIRE_SECONDS
+    def left(self) -> float:
+        """Seconds until it may be taken for dead, by this machine's clock; 0 where that is so, or cannot be told."""
+        age = time.time() - self.renewed
+        return EXPIRE_SECONDS - age if abs(age) <= EXPIRE_SECONDS else 0.0
 
     def gone(self) -> bool:
         """Whether it was a process of this machine that is gone."""
@@ -125,12 +129,14 @@ class Lease:
         else:
             owner = self._parse(data)
             assert found is not None
-            if not (owner.gone() or (owner.expired() and self._rests(found))):
-                left = max(1, round(EXPIRE_SECONDS - (time.time() - owner.renewed)))
+            left = owner.left()
+            if not owner.gone() and (left or not self._rests(found, owner)):
+                killed = f", or, if it was killed, start again in {max(1, round(left))} s" if left else ""
                 raise UsageError(
                     f"{self._option} {self._output.uri}: another restore is at work there ({owner.describe()}); wait "
-                    f"until it ends, or, if it was killed, start again in {left} s"
+                    f"until it ends{killed}"
                 )
+            self._owner = replace(self._owner, renewed=time.time())
             version = self._put(found.etag)
         if version is None:
             raise UsageError(
@@ -138,10 +144,15 @@ class Lease:
             )
         return version
 
-    def _rests(self, found: Object) -> bool:
-        """Whether nobody renews it. Clocks may differ by more than a lease lasts."""
-        time.sleep(WATCH_SECONDS)
-        return self._stored() == found
+    def _rests(self, found: Object, owner: Owner) -> bool:
+        """Whether nobody renews it for long enough. Clocks may differ by more than that."""
+        logger.info("the lease of another restore (%s) seems to be a dead one's: watched", owner.describe())
+        end = time.monotonic() + EXPIRE_SECONDS
+        while time.monotonic() < end:
+            time.sleep(WATCH_SECONDS)
+            if self._stored() != found:
+                return False
+        return True
 
     def _stored(self) -> Object | None:
         return next((item for item in self._output.list(self._key) if item.key == self._key), None)

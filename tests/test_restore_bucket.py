@@ -417,20 +417,28 @@ def test_frames_and_pages_are_restored_one_by_one(
         assert image.n_frames == 1
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_a_gpu_that_fails_ends_its_process(
-    device: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("device", "lost"), [("cuda", True), ("cuda", False), ("cpu", True)])
+def test_a_process_whose_gpu_is_lost_ends(
+    device: str, lost: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """What CUDA calls sticky errors: all later calls of the process fail too, whatever the photograph."""
+    import torch
+
     from restore_core.pipelines.restoration import fresh_after_errors
+
+    def fail() -> None:
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     def end(code: int) -> None:
         raise SystemExit(code)
 
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
     monkeypatch.setattr(os, "_exit", end)
-    with pytest.raises(SystemExit if device == "cuda" else RuntimeError), fresh_after_errors(device):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-    assert ("an illegal memory access" in capfd.readouterr().err) == (device == "cuda")
+    ends = device == "cuda" and lost
+    with pytest.raises(SystemExit if ends else RuntimeError), fresh_after_errors(device):
+        raise RuntimeError("CUDA error: as seen at some other call")
+    assert ("as seen at some other call" in capfd.readouterr().err) == ends
 
 
 # --- Started again -------------------------------------------------------------------------------------------------

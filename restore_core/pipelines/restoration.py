@@ -161,18 +161,26 @@ class RestoreUnit(Stage):
 
 @contextlib.contextmanager
 def fresh_after_errors(device: str) -> Iterator[None]:
-    """End the process where a GPU fails: no later call on it would succeed, while a new process can go on.
+    """End the process where its GPU is lost: no later call would succeed there, while a new process can go on.
 
     Ray starts one, tries the unit once more, and then each of its objects alone.
     """
     try:
         yield
     except RuntimeError:
-        if device != "cuda":
-            raise
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+        if device == "cuda" and _gpu_is_lost():
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        raise
+
+
+def _gpu_is_lost() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 @functools.lru_cache(maxsize=1)
@@ -238,10 +246,11 @@ def build_dataset(
     }  # fmt: skip
     actor = {**each, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 1}
     dataset = ray.data.from_arrow([stages.pack(unit) for unit in units])
-    # With GPUs two are worked on, so that one's pixels come and go while the network has the other's; and one waits.
+    # With GPUs two are worked on, so that one's pixels come and go while the network has the other's. As many wait, so
+    # that no actor does; with fewer Ray would take none of the nodes that join (`actor_pool_util_upscaling_threshold`).
     together = 2 if separate and not alone else 1
     pool = ray.data.ActorPoolStrategy(
-        min_size=actors, max_size=max(actors, most_actors), max_tasks_in_flight_per_actor=1 if alone else together + 1,
+        min_size=actors, max_size=max(actors, most_actors), max_tasks_in_flight_per_actor=1 if alone else 2 * together,
         max_concurrent_calls_per_actor=together, enable_true_multi_threading=together > 1,
     )  # fmt: skip
     with warnings.catch_warnings():

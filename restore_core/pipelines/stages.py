@@ -201,8 +201,9 @@ def restore(items: list[Item], restorer: Restorer) -> None:
         row.sigma, row.flips, row.patches = result.sigma, result.flips, result.patches
         row.gray = None if gray_file else result.gray
         undamaged = result.undamaged(gray_file=gray_file, repair=restorer.repair)
-        item.restored = None if undamaged else item.picture.stored(result.pixels)
-    if large or memory.idle() > IDLE_BYTES:
+        # As an array of its own: what comes after would copy a view again and again.
+        item.restored = None if undamaged else np.ascontiguousarray(item.picture.stored(result.pixels))
+    if restorer.device.type == "cpu" and (large or memory.idle() > IDLE_BYTES):
         release_memory()
 
 
@@ -252,6 +253,7 @@ def _joined(frames: list[Item], parts: list[bytes | None], run: RestoreRun, code
         rows = [item.row for item in frames]
         for index, row in enumerate(rows):
             if row.error is not None:
+                first.row.change = None  # of the first alone
                 raise ItemError(row.error, f"frame or page {index + 1}: {row.message}")
         for name in ("sigma", "flips", "patches", "gray", "change"):
             values = [value for row in rows if (value := getattr(row, name)) is not None]

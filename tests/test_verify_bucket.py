@@ -1,6 +1,7 @@
 """The proof of a restore: it holds for a good one, on disk, on S3 and for Parquet, and each kind of fault is named."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,7 +107,7 @@ def test_a_bucket(s3: str, moto_client: "S3Client", tmp_path: Path, restore: Res
 
 @pytest.mark.parametrize("keyed", [True, False])
 def test_parquet(tmp_path: Path, restore: Restore, keyed: bool) -> None:
-    images = [*(encoded(index) for index in range(5)), b"no photograph", b"neither", None]
+    images = [*(encoded(index) for index in range(4)), b"no photograph", b"neither", b"nor this", None]
     columns: dict[str, list[object]] = {"image": list(images)}
     if keyed:
         columns["key"] = [f"row {index}" for index in range(len(images))]
@@ -128,17 +129,24 @@ def test_parquet(tmp_path: Path, restore: Restore, keyed: bool) -> None:
     assert findings(tmp_path / "in", output, report) == {("changed", changed)}
     # As many of the same bytes, and yet not where they belong; one too many; of a failed one another original.
     key = (lambda index: f"row {index}") if keyed else (lambda index: f"faces.parquet#{index}")
-    for name, altered, wrong in (
-        ("faces-00000", lambda rows: [rows[1], rows[0], *rows[2:]], {0, 1}),
-        ("faces-00000", lambda rows: [*rows, rows[0]], {0, 1, 2, 3, 4}),
-        ("faces-00001", lambda rows: [rows[0] | {"image": b"nothing"}, *rows[1:]], {5}),
+    for altered, wrong in (
+        (lambda rows: [rows[1], rows[0], *rows[2:]], {0, 1}),
+        (lambda rows: [*rows, rows[0]], {0, 1, 2, 3, 4}),
+        (lambda rows: [*rows[:4], rows[4] | {"image": b"nothing"}], {4}),
     ):
-        intact = pq.read_table(output / f"{name}.parquet") if name != "faces-00000" else written
-        changed_rows = pa.Table.from_pylist(altered(intact.to_pylist()), schema=intact.schema)
-        pq.write_table(changed_rows, output / f"{name}.parquet")
+        pq.write_table(pa.Table.from_pylist(altered(written.to_pylist()), schema=written.schema), shard)
         assert findings(tmp_path / "in", output, report) == {("changed", key(index)) for index in wrong}
-        pq.write_table(intact, output / f"{name}.parquet")
-        assert findings(tmp_path / "in", output, report) == set()
+    pq.write_table(written, shard)
+    assert findings(tmp_path / "in", output, report) == set()
+
+    # What has become of the input since does not make the output wrong.
+    before = (tmp_path / "in/faces.parquet").read_bytes()
+    times = (tmp_path / "in/faces.parquet").stat()
+    pq.write_table(table.slice(1), tmp_path / "in/faces.parquet", row_group_size=5)
+    assert {finding for finding, _ in findings(tmp_path / "in", output, report)} == {"outdated"}
+    (tmp_path / "in/faces.parquet").write_bytes(before)
+    os.utime(tmp_path / "in/faces.parquet", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert findings(tmp_path / "in", output, report) == set()
 
     shard.write_bytes(shard.read_bytes()[:-9])
     assert len(findings(tmp_path / "in", output, report)) == 5

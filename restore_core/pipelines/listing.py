@@ -63,13 +63,16 @@ class RowGroups:
                 yield Object(key, file.size, file.etag)
 
     def places(self) -> pa.Table:
-        """Of all rows: `key`, `file` (the output), `row` (their place in it), `rows` (how many it has)."""
+        """Of all rows: `key`, `file` (the output), `file_size` and `file_etag` (of the input's), `row` (their place in
+        the output), `rows` (how many it has)."""
         counts = np.diff(self.starts)
-        files = pa.array([group.output_key for group in self.groups], pa.string())
+        group_of = pa.array(np.repeat(np.arange(len(counts)), counts))
         return pa.table(
             {
                 "key": self._keys,
-                "file": files.take(pa.array(np.repeat(np.arange(len(counts)), counts))),
+                "file": pa.array([group.output_key for group in self.groups], pa.string()).take(group_of),
+                "file_size": pa.array([group.file.size for group in self.groups], pa.int64()).take(group_of),
+                "file_etag": pa.array([group.file.etag for group in self.groups], pa.string()).take(group_of),
                 "row": np.arange(self.starts[-1]) - np.repeat(self.starts[:-1], counts),
                 "rows": np.repeat(counts, counts),
             }

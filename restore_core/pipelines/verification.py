@@ -5,9 +5,10 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -37,9 +38,10 @@ MEANING: dict[Finding, str] = {
 IO_THREADS = 8
 UNIT_FILES, UNIT_SHARDS, WAVE_UNITS = 256, 8, 1000
 """Files and Parquet shards that are read by one task, and tasks that are handed to Ray at once."""
-ROWS = ("key", "output_key", "output_sha256", "input_sha256")
+ROWS = ("key", "size", "etag", "output_key", "output_sha256", "input_sha256")
 WRITTEN = pa.schema(
-    [*((name, pa.string()) for name in ROWS), ("file", pa.string()), ("row", pa.int64()), ("rows", pa.int64())]
+    [(name, pa.string()) for name in ("key", "output_sha256", "input_sha256", "file")]
+    + [(name, pa.int64()) for name in ("row", "rows")]
 )
 """Of the ledger; and the output file, which row of it where it is a Parquet shard of the input's, of how many."""
 FINDINGS = pa.schema([("finding", pa.string()), ("key", pa.string())])
@@ -119,8 +121,7 @@ def _waves(ledger: Ledger, groups: RowGroups | None) -> Iterator[list[pa.Table]]
     for table in ledger.rows(ROWS):
         single = pc.fill_null(pc.equal(table["key"], table["output_key"]), fill_value=False)
         shards.append(table.filter(pc.invert(single)))
-        files = table.filter(single)
-        waiting = pa.concat_tables([waiting, _placed(files, files["output_key"])])
+        waiting = pa.concat_tables([waiting, _without_places(table.filter(single))])
         while len(waiting) >= UNIT_FILES:
             wave.append(waiting[:UNIT_FILES])
             waiting = waiting[UNIT_FILES:]
@@ -128,30 +129,41 @@ def _waves(ledger: Ledger, groups: RowGroups | None) -> Iterator[list[pa.Table]]
             yield wave
             wave = []
     wave.append(waiting)
-    files = _by_file(_of_shards(pa.concat_tables(shards), groups)) if shards else []
-    for start in range(0, len(files), UNIT_SHARDS):
-        rows = [row for file in files[start : start + UNIT_SHARDS] for row in file]
-        wave.append(pa.Table.from_pylist(rows, schema=WRITTEN))
+    if shards:
+        wave += _by_shards(_of_shards(pa.concat_tables(shards), groups))
     yield [unit for unit in wave if len(unit)]
 
 
 def _of_shards(rows: pa.Table, groups: RowGroups | None) -> pa.Table:
     """Rows whose output is part of a file, sorted by it, with their places there as far as the input still tells."""
-    if groups is not None:
-        rows = rows.join(groups.places(), "key")
-        elsewhere = pc.fill_null(pc.not_equal(rows["file"], rows["output_key"]), fill_value=False)
-        here = pc.and_(pc.is_valid(rows["file"]), pc.invert(elsewhere))
-        known, rows = rows.filter(here), rows.filter(pc.invert(here)).select(ROWS)
-    written = rows.filter(pc.is_valid(rows["output_key"]))
-    found = _placed(written, written["output_key"])
-    if groups is not None:
-        found = pa.concat_tables([known.select(WRITTEN.names).cast(WRITTEN), found])
+    if groups is None:
+        found = rows.filter(pc.is_valid(rows["output_key"]))
+        return _without_places(found).sort_by("file")
+    rows = rows.join(groups.places(), "key")
+    written = pc.is_valid(rows["output_key"])
+    # The rows of another version of the input may have been others, in another order.
+    same = pc.and_(pc.equal(rows["size"], rows["file_size"]), pc.equal(rows["etag"], rows["file_etag"]))
+    same = pc.fill_null(pc.and_(same, pc.equal(pc.coalesce(rows["output_key"], rows["file"]), rows["file"])), False)
+    # Where no row has an output, the shard is of an earlier run, or not there.
+    known = rows.filter(pc.and_(same, pc.is_in(rows["file"], rows.filter(written)["output_key"])))
+    others = _without_places(rows.filter(pc.and_(written, pc.invert(same))))
+    found = pa.concat_tables([known.select(WRITTEN.names).cast(WRITTEN), others])
     return found.sort_by([("file", "ascending"), ("row", "ascending")])
 
 
-def _placed(rows: pa.Table, file: pa.ChunkedArray) -> pa.Table:
+def _without_places(rows: pa.Table) -> pa.Table:
     nulls = pa.nulls(len(rows), pa.int64())
-    return pa.table([*(rows[name] for name in ROWS), file, nulls, nulls], schema=WRITTEN)
+    columns = [rows[name] for name in ("key", "output_sha256", "input_sha256", "output_key")]
+    return pa.table([*columns, nulls, nulls], schema=WRITTEN)
+
+
+def _by_shards(rows: pa.Table) -> Iterator[pa.Table]:
+    """Rows that are sorted by file, some files at a time."""
+    files = rows["file"].combine_chunks()
+    starts = pc.indices_nonzero(pc.not_equal(files[1:], files[:-1])).to_numpy() + 1 if len(files) else np.array([])
+    ends = [0, *starts[UNIT_SHARDS - 1 :: UNIT_SHARDS], len(rows)]
+    for start, end in pairwise(ends):
+        yield rows[start:end]
 
 
 def _of_contents(units: list[pa.Table], output: Storage) -> list[tuple[Finding, str]]:
@@ -186,7 +198,7 @@ def _check_file(rows: list[dict[str, Any]], output: Storage) -> list[dict[str, s
         images = [data] if rows[0]["key"] == name else _images_of_shard(data)
     except ItemError as error:
         finding = "missing" if error.error == "vanished" else "unreadable"
-        return [{"finding": finding, "key": row["key"]} for row in rows if row["output_key"]]
+        return [{"finding": finding, "key": row["key"]} for row in rows if row["output_sha256"]]
     except (OSError, pa.ArrowException, UsageError):  # no longer a Parquet file of images
         images = []
     hashes = [None if image is None else hashlib.sha256(image).hexdigest() for image in images]

@@ -10,29 +10,28 @@ set -eu
 DEVICE=${DEVICE:-cuda}
 RESULTS=${RESULTS:-benchmarks}
 DOLLARS=${DOLLARS:-3.50} # an hour of the machine
-RUNS=${RUNS:-runs}
 
 if [ "$DEVICE" = cuda ]; then
     faces=48+64:150,48+64+96+128:100,48+64+128+250:80
     fast=48+64:150,48+64+128+250:80
     sizes='48 64 128 0' validated=200 precision=bfloat16 rounds=5 epochs=4 batches='1 2 4 8 16 32 64 128'
-    small=10000 large=2000 waits='16 64 256'
+    small=10000 large=2000 waits='16 64 256' runs=runs
 else # as little as goes
     faces=16:1 fast=16:1
     sizes=48 validated=4 precision=float32 rounds=1 epochs=1 batches='1 2' small=32 large=16 waits=4
 fi
 
 models() {
-    python jobs/train.py --data data/lfw-packed --storage "$RUNS" --name faces-gpu --preset faces --init faces \
+    python jobs/train.py --data data/lfw-packed --storage "$runs" --name faces-gpu --preset faces --init faces \
         --schedule $faces --batch-size 64 --device "$DEVICE"
-    python jobs/train.py --data data/lfw-packed --storage "$RUNS" --name faces-fast-gpu --preset faces-fast \
+    python jobs/train.py --data data/lfw-packed --storage "$runs" --name faces-fast-gpu --preset faces-fast \
         --init faces-fast --schedule $fast --batch-size 64 --device "$DEVICE"
 }
 
 quality() { # bfloat16, then float32: what it costs
     for arithmetic in bfloat16 float32; do
         python jobs/evaluate.py --data data/lfw-packed --sizes $sizes --images $validated --device "$DEVICE" \
-            --model faces "$RUNS/faces-gpu/model" faces-fast "$RUNS/faces-fast-gpu/model" \
+            --model faces "$runs/faces-gpu/model" faces-fast "$runs/faces-fast-gpu/model" \
             --precision $arithmetic --output "$RESULTS/quality-$arithmetic-$DEVICE"
     done
 }
@@ -61,7 +60,7 @@ restore() { # of the batch sizes the best is the one to use
 
 training() {
     python benchmarks/training_speed.py --data data/lfw-packed --preset faces --device "$DEVICE" --epochs $epochs \
-        --rounds $rounds --output "$RESULTS/training-$DEVICE.json"
+        --rounds $rounds --output "$RESULTS/training/faces-$DEVICE.json"
 }
 
 for step in ${*:-models quality network restore training}; do

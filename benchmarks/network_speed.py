@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """A bundled network alone, at several batch sizes: as it is, compiled, as a CUDA graph, and beside its convolutions.
 
-The convolutions alone, each on an input of its own that lies ready, are what no network of these shapes can be faster
-than with the same library. Images a second, medians of all rounds.
+The convolutions alone, each on an input of its own that lies ready (on a GPU as a graph), are what no network of these
+shapes can be faster than with the same library. Images a second, medians of all rounds.
 """
 
 import json
@@ -59,7 +59,8 @@ def ways(network: nn.Module, job: NetworkSpeed, count: int) -> Iterator[tuple[st
             return model(x).image  # type: ignore[no-any-return]
 
     yield "network", run
-    yield "its convolutions", convolutions(network, x, job)
+    alone = convolutions(network, x, job)
+    yield "its convolutions", recorded(alone) if job.device == "cuda" else alone
     if job.compile:
         compiled = torch.compile(network)
         yield "network, compiled", lambda: run(compiled)
@@ -120,7 +121,6 @@ def measured(network: nn.Module, job: NetworkSpeed, count: int) -> dict[str, flo
 
 def main(job: NetworkSpeed) -> int:
     exact_float32()
-    torch.backends.cudnn.benchmark = True  # for the convolutions as for the network
     folder = checkpoint.read(job.model)
     network = checkpoint.load(folder, job.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     rows = []
@@ -133,6 +133,8 @@ def main(job: NetworkSpeed) -> int:
         share = rates["network"] / rates["its convolutions"]
         rows.append({"images": count, "images_per_second": rates, "of its convolutions": round(share, 3)})
         print(json.dumps(rows[-1]), flush=True)
+    if not rows:
+        raise SystemExit("--batches: begin with fewer images")
     macs = count_macs(folder.architecture, job.side, job.side)
     fastest = max(rate for row in rows for rate in row["images_per_second"].values())
     result = {

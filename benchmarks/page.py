@@ -102,23 +102,22 @@ def networks() -> Iterator[str]:
 
 
 def training() -> Iterator[str]:
-    path = FOLDER / "training_speed.json"
-    if not path.exists():
-        return
-    result = json.loads(path.read_text())
-    rates = result["samples_per_second"]
-    yield "## Training"
-    yield (
-        f"| `{result['preset']}` at {result['size']} px | samples/s |\n|---|---|\n"
-        f"| jobs/train.py | {rates['job']:.1f} |\n| the same steps in a bare loop | {rates['bare loop']:.1f} |"
-    )
-    reached = result["seconds_to_that"]
-    yield (
-        f"Median of the ratios: {result['ratio']:.2f}. {result['seconds_around_the_epochs']:.0f} s around the epochs. "
-        f"Noise 25 at {result['psnr_noise_25']:.1f} dB "
-        + ("is not reached." if reached is None else f"after {reached:.0f} s of epochs, validation included.")
-    )
-    yield origin(result)
+    results = [json.loads(path.read_text()) for path in sorted((FOLDER / "training").glob("*.json"))]
+    if results:
+        yield "## Training"
+    for result in results:
+        rates, reached = result["samples_per_second"], result["seconds_to_that"]
+        yield (
+            f"| `{result['preset']}` at {result['size']} px, {result['device']} | samples/s |\n|---|---|\n"
+            f"| jobs/train.py, workers: {result['workers']} | {rates['job']:.1f} |\n"
+            f"| the same steps in a bare loop | {rates['bare loop']:.1f} |"
+        )
+        yield (
+            f"Median of the ratios: {result['ratio']:.2f}. {result['seconds_around_the_epochs']:.0f} s around the epochs. "
+            f"Noise 25 at {result['psnr_noise_25']:.1f} dB "
+            + ("is not reached." if reached is None else f"after {reached:.0f} s of epochs, validation included.")
+        )
+        yield origin(result)
 
 
 def growing() -> Iterator[str]:

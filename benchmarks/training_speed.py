@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 class TrainingSpeed:
     data: str
     """Dataset Parquet from jobs/pack_dataset.py."""
-    output: Path = Path("benchmarks/training_speed.json")
+    output: Path
     """The result file."""
     preset: str = "faces-fast"
     """Network and training plan."""
@@ -63,6 +63,7 @@ def bare_loop(job: TrainingSpeed) -> float:
     from restore_core.trainer import Trainer
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.backends.cudnn.benchmark = True  # as in the job
     config = replace(PRESETS[job.preset], phases=(Phase(sizes=(job.size,), epochs=1 + job.epochs),))
     table = sources.read_split(open_storage(job.data), "--data", sources.TRAIN, config.canvas, job.images)
     photographs = to_photographs(table, config.canvas)
@@ -125,7 +126,7 @@ def main(job: TrainingSpeed) -> int:
                     [
                         sys.executable, __file__, "--bare", "--data", job.data, "--preset", job.preset,
                         "--size", str(job.size), "--epochs", str(job.epochs), "--images", str(job.images),
-                        "--device", job.device,
+                        "--device", job.device, "--output", job.output,
                     ],
                     env={**os.environ, **KEEP_MEMORY}, capture_output=True, text=True, check=True,
                 )  # fmt: skip

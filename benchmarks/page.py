@@ -113,8 +113,8 @@ def training() -> Iterator[str]:
             f"| the same steps in a bare loop | {rates['bare loop']:.1f} |"
         )
         yield (
-            f"Median of the ratios: {result['ratio']:.2f}. "
-            f"{result['seconds_around_the_epochs']:.0f} s around the epochs. Noise 25 at {result['psnr_noise_25']:.1f} dB "
+            f"Median of the ratios: {result['ratio']:.2f}. {result['seconds_around_the_epochs']:.0f} s around the "
+            f"epochs. Noise 25 at {result['psnr_noise_25']:.1f} dB "
             + ("is not reached." if reached is None else f"after {reached:.0f} s of epochs, validation included.")
         )
         yield origin(result)

@@ -43,7 +43,7 @@ LARGE_PIXELS = 2**22
 """After a picture of that many or more what the network took is given back: it would be in the encoder's way."""
 IDLE_BYTES = 3 * 2**29
 """After others it is kept, until so much lies unused: pictures that all differ in size leave gaps that fit no other.
-2**20 pixels through `faces` leave 1.2 GB, which the next ones take: to get them anew took 8 % of a job's time."""
+2**20 pixels through `faces` leave 1.2 GB, which the next ones take: to get them anew took a tenth of a job's time."""
 
 
 @dataclass(frozen=True, kw_only=True)

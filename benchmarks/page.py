@@ -42,8 +42,8 @@ def page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def restored() -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted((FOLDER / "restore").glob("*.json"))]
+def results_of(folder: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted((FOLDER / folder).glob("*.json"))]
 
 
 def restoring() -> Iterator[str]:
@@ -53,7 +53,7 @@ def restoring() -> Iterator[str]:
         "process of its own, and nearly all are restored. By hand means files through Pillow and the network and no "
         "more: no diagnosis, no metadata, no quality tables, no ledger."
     )
-    for result in restored():
+    for result in results_of("restore"):
         rates = result["images_per_second"]
         steady = rates["job, steady state"]
         megapixels = result["megapixels"] / result["images"]
@@ -86,7 +86,7 @@ def restoring() -> Iterator[str]:
 
 
 def networks() -> Iterator[str]:
-    results = [json.loads(path.read_text()) for path in sorted((FOLDER / "network").glob("*.json"))]
+    results = results_of("network")
     if results:
         yield "## The networks alone"
     for result in results:
@@ -102,7 +102,7 @@ def networks() -> Iterator[str]:
 
 
 def training() -> Iterator[str]:
-    results = [json.loads(path.read_text()) for path in sorted((FOLDER / "training").glob("*.json"))]
+    results = results_of("training")
     if results:
         yield "## Training"
     for result in results:
@@ -133,7 +133,7 @@ def growing() -> Iterator[str]:
 
 
 def remembering() -> Iterator[str]:
-    results = [json.loads(path.read_text()) for path in sorted((FOLDER / "memory").glob("*.json"))]
+    results = results_of("memory")
     if results:
         yield "## Memory"
     for result in results:
@@ -163,7 +163,7 @@ def summary() -> str:
         "| files | network | the job | floor | loop by hand | ONNX Runtime | OpenVINO | first photograph, s |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for result in restored():
+    for result in results_of("restore"):
         rates = result["images_per_second"]
         floor = rates["job, steady state"] / result["ratios"]["of the slower floor"]
         by_hand = max(rates[name] for name in ("plain loop", "pool", "data loader", "ray template") if name in rates)

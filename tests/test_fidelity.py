@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image, ImageCms
+from test_codec_modes import opened, saved
 
 from restore_core.codec import decode, encode
 
@@ -36,18 +37,6 @@ def smooth(height: int, width: int) -> np.ndarray:
     return np.stack(
         [60 + x * 150 // max(1, width - 1), 60 + y * 150 // max(1, height - 1), np.full_like(x, 90)], -1
     ).astype(np.uint8)
-
-
-def saved(image: Image.Image, name: str, **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, name, **options)
-    return file.getvalue()
-
-
-def opened(data: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(data))
-    image.load()
-    return image
 
 
 def with_profile(jp2: bytes, profile: bytes) -> bytes:

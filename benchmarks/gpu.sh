@@ -18,7 +18,8 @@ if [ "$DEVICE" = cuda ]; then
     small=10000 large=2000 waits='16 64 256' runs=runs
 else # as little as goes
     faces=16:1 fast=16:1
-    sizes=48 validated=4 precision=float32 rounds=1 epochs=1 batches='1 2' small=32 large=16 waits=4
+    sizes=48 validated=4 precision=float32 rounds=1 epochs=1 batches='1 2'
+    small=$((4 * $(nproc))) large=$small waits=4 runs=$RESULTS/runs
 fi
 
 models() {

@@ -236,7 +236,7 @@ class Restorer:
     @torch.inference_mode()
     def _whole(self, images: list[Pixels], device: torch.device) -> list[Restored]:
         """Images of one size as one batch."""
-        batch = _on(device, torch.from_numpy(np.stack(images))).permute(0, 3, 1, 2)  # [B, 3, H, W]
+        batch = _to_device(torch.from_numpy(np.stack(images)), device).permute(0, 3, 1, 2)  # [B, 3, H, W]
         image, survival = self._predict(batch, device)
         output = to_uint8(image)
         diagnoses = diagnose(batch, output, survival)
@@ -349,7 +349,7 @@ class Restorer:
         return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
 
 
-def _on(device: torch.device, values: Tensor) -> Tensor:
+def _to_device(values: Tensor, device: torch.device) -> Tensor:
     """Through pinned memory, from which a GPU fetches by itself, while it works on what another thread gave it."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 

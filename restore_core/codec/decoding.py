@@ -75,7 +75,8 @@ class Picture:
 
     def stored(self, shown: Pixels) -> Pixels:
         """The other way: uint8 [H, W, 3] in the stored orientation, a view of pixels as they are shown."""
-        return _TO_SHOWN[{6: 8, 8: 6}.get(self.orientation or 1, self.orientation or 1)](shown)
+        orientation = self.orientation or 1
+        return _TO_SHOWN[_INVERSE.get(orientation, orientation)](shown)
 
 
 @dataclass(frozen=True, eq=False)
@@ -412,7 +413,8 @@ def _valid(orientation: object) -> int | None:
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else None
 
 
-# By EXIF orientation; all but 6 and 8 are their own inverse.
+# By EXIF orientation; the others are their own inverse.
+_INVERSE = {6: 8, 8: 6}
 _TO_SHOWN: dict[int, Callable[[Pixels], Pixels]] = {
     1: lambda pixels: pixels,
     2: np.fliplr,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -160,7 +159,7 @@ def _without_places(rows: pa.Table) -> pa.Table:
 def _by_shards(rows: pa.Table) -> Iterator[pa.Table]:
     """Rows that are sorted by file, some files at a time."""
     files = rows["file"].combine_chunks()
-    starts = pc.indices_nonzero(pc.not_equal(files[1:], files[:-1])).to_numpy() + 1 if len(files) else np.array([])
+    starts = pc.indices_nonzero(pc.not_equal(files[1:], files[:-1])).to_numpy() + 1
     ends = [0, *starts[UNIT_SHARDS - 1 :: UNIT_SHARDS], len(rows)]
     for start, end in pairwise(ends):
         yield rows[start:end]

@@ -34,8 +34,11 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
 
 
 @pytest.fixture(autouse=True)
-def close_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+def close_watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(lease, "WATCH_SECONDS", 0.05)
+    yield
+    left = [thread for thread in threading.enumerate() if "_keep" in thread.name]
+    assert not left, "a lease that nobody gives back is renewed in the middle of other tests"
 
 
 def stored(output: Storage) -> dict[str, Any]:
@@ -64,33 +67,37 @@ def test_the_second_run_is_refused_until_the_first_ends(output: Storage) -> None
 
 
 def test_of_many_at_once_one_works(output: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    start, working, refused = threading.Barrier(8), [], []
+    start, refused = threading.Barrier(8), []
+    working: list[tuple[str, Lease]] = []
 
     def enter(name: str) -> None:
         start.wait()
         try:
-            Lease(output, KEY, name).__enter__()
-            working.append(name)
+            working.append((name, Lease(output, KEY, name).__enter__()))
         except UsageError as error:
             refused.append(str(error))
 
-    def race() -> None:
-        working.clear()
+    def race() -> dict[str, Any]:
+        """The lease, which is given back."""
         threads = [threading.Thread(target=enter, args=(f"run {number}",)) for number in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        found = stored(output)
+        ((name, held),) = working
+        assert found["run_id"] == name
+        held.__exit__()
+        working.clear()
+        return found
 
-    race()
-    assert len(working) == 1 and len(refused) == 7
+    found = race()
+    assert len(refused) == 7
     # and of many that find a dead one
     monkeypatch.setattr(lease, "EXPIRE_SECONDS", 0.5)
-    rewrite(output, renewed=time.time() - 2 * lease.EXPIRE_SECONDS, host="elsewhere", process="")
+    dead = {**found, "renewed": time.time() - 2 * lease.EXPIRE_SECONDS, "host": "elsewhere", "process": ""}
+    output.write(KEY, json.dumps(dead).encode())
     race()
-    assert len(working) == 1
-    assert stored(output)["run_id"] == working[0]
-    output.delete(KEY)
 
 
 @pytest.mark.parametrize("hours", [0, -1, 1])

@@ -59,6 +59,9 @@ MARGIN = 64
 around it."""
 SEAM = 32
 """Over so many rows what was said of one such band fades into what was said of the next."""
+IDLE_BYTES = 640 * 2**20
+"""Of a CPU process that takes a picture in pieces: when so much lies unused, libraries (300 MB) included, it is given
+back. Pieces leave gaps that do not fit the next, a picture's by 300 MB and more. See DECISIONS.md."""
 BLOCK = 512
 """Side of the squares in which a picture in tiles is diagnosed, pixels."""
 WILD_SHARE = 0.01
@@ -319,6 +322,8 @@ class Restorer:
                 both[:, :, seam] = tiles.fade(below, both[:, :, seam], dim=2)
             below = both[:, :, inner.stop : inner.stop + SEAM].clone()
             yield both[:, :, inner]
+            if rung.device == CPU and memory.idle() > IDLE_BYTES:
+                memory.trim()
 
     def _streamed(self, image: Pixels, rung: Rung) -> Iterator[Prediction]:
         """The same as `_forward` for one image [H, W, 3], from top to bottom."""

@@ -19,6 +19,7 @@ import torch
 
 from restore_core import checkpoint, codec
 from restore_core.manifest import Row
+from restore_core.memory import idle
 from restore_core.pipelines import stages
 from restore_core.storage import LocalStorage
 
@@ -55,8 +56,10 @@ def main(source: Path, output: Path, model: str, megabytes: str = "") -> None:
             row = Row(key=item.key, size=item.size, etag=item.etag, model="m", options="o", run_id="r")
             (row,) = stages.restore_objects([row], run, restorer, pool, codecs)
             line = {"key": row.key, "status": row.status, "error": row.error, "message": row.message}
-            print(json.dumps({**line, "change": row.change, "seconds": row.seconds, **memory()}), flush=True)
+            line |= {"change": row.change, "seconds": row.seconds, "idle": idle() / 2**20}
+            print(json.dumps({**line, **memory()}), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
+    with ThreadPoolExecutor(1) as thread:  # as Ray Data has it: another malloc arena than the main thread's
+        thread.submit(main, Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]).result()

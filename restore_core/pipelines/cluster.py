@@ -35,6 +35,9 @@ KEEP_MEMORY = {
 
 WORKER_MEMORY = {
     **KEEP_MEMORY,
+    # Ray Data calls us in a thread of its own. Its arena would be of pieces of 64 MB: larger blocks come from the
+    # system each time, and none is made of what two pieces have left.
+    "MALLOC_ARENA_MAX": "1",
     # oneDNN and what binds it to torch prepare a network anew for each size of picture, and keep 1024 of each such
     # piece by default. A network of 30 layers needs 30 of them for one size.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",

@@ -212,22 +212,27 @@ def over_many(job: Memory, kinds: tuple[str, ...], model: Path) -> dict[str, Any
     return {"seconds": round(ends[-1] - started), "encoded_bytes": size, "most_mb_by_tenth": most}
 
 
-def main(job: Memory) -> int:
+def save_smallest_network(folder: Path) -> None:
+    """Of one scale; what is looked at is all the rest."""
     import torch
 
     from restore_core import checkpoint
     from restore_core.model import ResidualUNet
 
+    torch.manual_seed(0)
+    config = ResidualUNetConfig(channels=(4,), blocks=(1,))
+    network = ResidualUNet(config)
+    assert network.tail.bias is not None
+    with torch.no_grad():
+        network.tail.bias[6] = 100  # all pixels survive: what such a network invents would be looked at twice
+    checkpoint.save(network, config, {}, folder)
+
+
+def main(job: Memory) -> int:
     kinds = tuple(FILES) if "all" in job.kinds else job.kinds
     result: dict[str, Any] = {**provenance.record(), "megapixels": job.megapixels, "images": job.images}
     with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        config = ResidualUNetConfig(channels=(4,), blocks=(1,))
-        network = ResidualUNet(config)
-        assert network.tail.bias is not None
-        with torch.no_grad():
-            network.tail.bias[6] = 100  # all pixels survive: what such a network invents would be looked at twice
-        checkpoint.save(network, config, {}, Path(folder))
+        save_smallest_network(Path(folder))
         if job.images == 1:
             result["kinds"] = []
             for kind in kinds:

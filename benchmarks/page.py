@@ -34,6 +34,7 @@ def page() -> str:
         *networks(),
         *training(),
         *growing(),
+        *collecting(),
         *remembering(),
         "## Quality",
         "[quality](quality/quality.md), [other methods](baselines/quality.md), [bfloat16](bfloat16/quality.md), "
@@ -129,6 +130,26 @@ def growing() -> Iterator[str]:
     lines += ["| " + " | ".join(f"{row[name]:,}" for name in names) + " |" for row in result["results"]]
     yield "\n".join(lines)
     yield f"The driver can take and write down {result['driver_rows_per_second']:,} rows a second, on a local disk."
+    yield origin(result)
+
+
+def collecting() -> Iterator[str]:
+    path = FOLDER / "collection.json"
+    if not path.exists():
+        return
+    result = json.loads(path.read_text())
+    yield "## Size of the collection"
+    yield (
+        f"{result['corpus']}, the whole job with a network as small as it goes; medians of {result['rounds']} rounds. "
+        "A photograph costs so much more or less than in the collection before:"
+    )
+    names = [name for name in result["results"][0] if name != "each round"]
+    lines = [f"| {' | '.join(names)} | cost of one |", "|" + "---|" * (len(names) + 1)]
+    for before, row in zip([None, *result["results"]], result["results"], strict=False):
+        rate = "images/s, steady"
+        more = "" if before is None else f"{(before[rate] / row[rate] - 1) * 100:+.1f} %"
+        lines.append("| " + " | ".join(f"{row[name]:,}" for name in names) + f" | {more} |")
+    yield "\n".join(lines)
     yield origin(result)
 
 

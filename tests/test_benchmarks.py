@@ -10,7 +10,7 @@ import skimage.data
 import torch
 from PIL import Image
 
-from benchmarks import corpora, memory, network_speed, page, restore_speed
+from benchmarks import collection_speed, corpora, memory, network_speed, page, restore_speed
 from benchmarks.contestants import CORES
 from restore_core import checkpoint
 
@@ -99,14 +99,30 @@ def test_all_convolutions_run_as_in_the_network(small_model: Models, tmp_path: P
     assert shapes == there and len(there) > 5
 
 
-def test_memory_is_looked_at_over_many_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_is_looked_at_over_many_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "SEARCH_S", 0.05)  # these pictures take no second
     job = memory.Memory(output=tmp_path / "many.json", images=10, megapixels=0.2, kinds=("JPEG", "PNG"))
     assert memory.main(job) == 0
     result = json.loads(job.output.read_text())
     assert result["images"] == 10
     most = result["most_mb_by_tenth"]
     assert {len(tenths) for tenths in most.values()} == {10}
-    # It is looked at every 50 ms, and new processes are found within a second: not in each tenth of so small a job.
+    # It is looked at every 50 ms: not in each tenth of so small a job.
     assert max(most["worker"]) > 100
     assert max(most["codec"]) > 20
     assert max(most["worker and codecs"]) > max(most["worker"])
+
+
+def test_what_a_photograph_costs_in_a_larger_collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(steady: float) -> restore_speed.Measured:
+        return restore_speed.Measured(
+            first=9.0, whole=steady / 2, steady=steady, memory={"driver": 500}, passed=900.0, busy=None
+        )
+
+    runs = {1_000: [run(200.0), run(100.0), run(210.0)], 10_000: [run(190.0), run(250.0), run(160.0)]}
+    result = {**json.loads((page.FOLDER / "growth.json").read_text()), "corpus": "JPEG", "rounds": 3}
+    (tmp_path / "growth.json").write_text(json.dumps(result))
+    (tmp_path / "collection.json").write_text(json.dumps({**result, "results": collection_speed.table(runs)}))
+    monkeypatch.setattr(page, "FOLDER", tmp_path)
+    (line,) = [line for line in page.page().splitlines() if line.startswith("| 10,000 | 190.0 | ")]
+    assert line.endswith(" | +5.3 % |")

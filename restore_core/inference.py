@@ -60,8 +60,8 @@ around it."""
 SEAM = 32
 """Over so many rows what was said of one such band fades into what was said of the next."""
 IDLE_BYTES = 640 * 2**20
-"""Of a CPU process that takes a picture in pieces: when so much lies unused, libraries (300 MB) included, it is given
-back. Pieces leave gaps that do not fit the next, a picture's by 300 MB and more. See DECISIONS.md."""
+"""If more than that lies unused after some rows of a large picture, libraries (300 MB) included, it is given back to
+the system: the gaps that one picture's pieces leave do not fit another's. See DECISIONS.md."""
 BLOCK = 512
 """Side of the squares in which a picture in tiles is diagnosed, pixels."""
 WILD_SHARE = 0.01

@@ -45,6 +45,8 @@ class Evaluate:
     """auto takes GPUs where the cluster has some."""
     precision: Precision = "auto"
     """Of the models' arithmetic: float32 or bfloat16; auto is the former on CPUs and the latter on GPUs."""
+    self_ensemble: bool = False
+    """Average over each photograph and its mirror image: twice the work."""
 
     def __post_init__(self) -> None:
         require(self.images >= 1, "images", self.images, "use 1 or more")
@@ -78,6 +80,7 @@ def main(job: Evaluate) -> int:
         sizes=job.sizes,
         device=cluster.pick_device(job.device),
         precision=job.precision,
+        self_ensemble=job.self_ensemble,
     )
     rows, worst = evaluation.evaluate(
         plan, data, split=job.split, images=job.images, workers=command_line.worker_count(job.workers)

@@ -93,6 +93,23 @@ def test_numbers_are_scikit_images(local_ray: None, data: Path, tmp_path: Path, 
             assert image.width >= smallest[0] and image.height >= smallest[1], (name, image.size)
 
 
+def test_the_mean_with_the_mirror_image_is_measured_on_demand(data: Path, small_model: Models) -> None:
+    folder = checkpoint.read(str(small_model(1)))
+    table = sources.read_split(open_storage(data), "--data", "val", 10**6, 2)
+    measured = []
+    for ensemble in (False, True):
+        plan = evaluation.Plan(
+            models=(folder,), baselines=(), damages=("noise_25",), sizes=(24,), self_ensemble=ensemble
+        )
+        rows = [row for row in evaluation.Evaluator(plan)(table).to_pylist() if row["method"] == folder.name]
+        (samples,) = evaluation.samples(table, plan)
+        restored = Restorer(folder, self_ensemble=ensemble)([sample.damaged for sample in samples])
+        expected = [peak_signal_noise_ratio(s.clean, r.pixels) for s, r in zip(samples, restored, strict=True)]
+        assert [row["psnr"] for row in rows] == pytest.approx(expected, abs=1e-3)
+        measured.append(expected)
+    assert measured[0] != pytest.approx(measured[1], abs=1e-2)
+
+
 @pytest.mark.ray
 def test_a_folder_of_photographs_can_be_measured(local_ray: None, tmp_path: Path, small_model: Models) -> None:
     """Whole, larger than training's canvas; what is no photograph is left out."""

@@ -51,6 +51,8 @@ class Plan:
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Precision = "auto"
     """Of the models' arithmetic, see `inference.Restorer`."""
+    self_ensemble: bool = False
+    """Average over each image and its mirror image."""
     threads: int = 1
 
 
@@ -96,7 +98,8 @@ class Evaluator:
         torch.set_num_threads(plan.threads)
         self.plan = plan
         self.restorers = {
-            folder.name: Restorer(folder, plan.device, precision=plan.precision) for folder in plan.models
+            folder.name: Restorer(folder, plan.device, self_ensemble=plan.self_ensemble, precision=plan.precision)
+            for folder in plan.models
         }
         self.baselines = {name: baselines.named(name) for name in plan.baselines}
 

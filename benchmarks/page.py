@@ -38,6 +38,7 @@ def page() -> str:
         *remembering(),
         "## Quality",
         "[quality](quality/quality.md), [other methods](baselines/quality.md), [bfloat16](bfloat16/quality.md), "
+        "[with the mirror image](self-ensemble/quality.md), "
         "[the study of seven networks](study/study.md); what is no damage: overlays.json; other blocks: blocks.json.",
     ]
     return "\n\n".join(parts) + "\n"

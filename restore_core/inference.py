@@ -62,8 +62,8 @@ SEAM = 32
 IDLE_BYTES = 640 * 2**20
 """If more than that lies unused after some rows of a large picture, libraries (300 MB) included, it is given back to
 the system: the gaps that one picture's pieces leave do not fit another's. See DECISIONS.md."""
-IDLE_PIXELS = 2**22
-"""What counts as large there: beside smaller ones it is kept for the next pictures."""
+LARGE_PIXELS = 2**22
+"""What counts as large there; after such a picture all is given back. Beside smaller ones it is kept for the next."""
 BLOCK = 512
 """Side of the squares in which a picture in tiles is diagnosed, pixels."""
 WILD_SHARE = 0.01
@@ -324,7 +324,7 @@ class Restorer:
                 both[:, :, seam] = tiles.fade(below, both[:, :, seam], dim=2)
             below = both[:, :, inner.stop : inner.stop + SEAM].clone()
             yield both[:, :, inner]
-            if rung.device == CPU and image.size >= 3 * IDLE_PIXELS and memory.idle() > IDLE_BYTES:
+            if rung.device == CPU and image.size >= 3 * LARGE_PIXELS and memory.idle() > IDLE_BYTES:
                 memory.trim()
 
     def _streamed(self, image: Pixels, rung: Rung) -> Iterator[Prediction]:

@@ -23,7 +23,7 @@ from restore_core import codec, manifest, memory, sinks, sources
 from restore_core.checkpoint import ModelFolder
 from restore_core.config import KINDS, Kind, Precision
 from restore_core.errors import ItemError
-from restore_core.inference import Restored, Restorer, release_memory
+from restore_core.inference import LARGE_PIXELS, Restored, Restorer, release_memory
 from restore_core.manifest import Row
 from restore_core.storage import Object, Storage, one_line
 
@@ -39,11 +39,10 @@ SMALL_FILE_BYTES = 2**14
 """Even compressed as far as formats go, a unit of these is no more than some groups: they are not measured first."""
 STAGE_SECONDS = 900
 """Longer than a unit's files may take to be fetched and decoded, or encoded and written, retries included."""
-LARGE_PIXELS = 2**22
-"""After a picture of that many or more what the network took is given back: it would be in the encoder's way."""
 IDLE_BYTES = 3 * 2**29
-"""After others it is kept, until so much lies unused: pictures that all differ in size leave gaps that fit no other.
-2**20 pixels through `faces` leave 1.2 GB, which the next ones take: to get them anew took a tenth of a job's time."""
+"""After large pictures what the network took is given back: it would be in the encoder's way. After others it is kept,
+until so much lies unused: pictures that all differ in size leave gaps that fit no other. 2**20 pixels through `faces`
+leave 1.2 GB, which the next ones take: to get them anew took a tenth of a job's time."""
 
 
 @dataclass(frozen=True, kw_only=True)

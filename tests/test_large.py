@@ -92,6 +92,7 @@ def test_a_hundred_megapixels_fit_a_small_worker(tmp_path: Path, model: Path, fi
     (row,) = work(tmp_path / "in", tmp_path / "out", model)
     assert (row["status"], row["message"]) == ("restored", None)
     assert row["VmHWM"] < 1500
+    assert row["VmRSS"] < 700, "its pixels were not given back: decoding the next one comes on top of them"
     before, after = pixels_of(tmp_path / "in" / file), pixels_of(tmp_path / "out" / file)
     assert after.shape == before.shape
     rows = slice(4000, 4400)  # some are enough, and the whole as integers would be large

@@ -181,7 +181,7 @@ def restore(items: list[Item], restorer: Restorer) -> None:
     It sees them the way up that viewers show them: faces that lie on their side are not what it knows.
     """
     waiting = [item for item in items if item.open]
-    large = any(item.picture and item.picture.width * item.picture.height >= LARGE_PIXELS for item in waiting)
+    large = _any_large(waiting)
     started = time.perf_counter()
     try:
         results: list[Restored | ItemError] = [*restorer([item.picture.shown for item in waiting if item.picture])]
@@ -204,6 +204,10 @@ def restore(items: list[Item], restorer: Restorer) -> None:
         item.restored = None if undamaged else np.ascontiguousarray(item.picture.stored(result.pixels))
     if restorer.device.type == "cpu" and (large or memory.idle() > IDLE_BYTES):
         release_memory()
+
+
+def _any_large(items: list[Item]) -> bool:
+    return any(item.picture and item.picture.width * item.picture.height >= LARGE_PIXELS for item in items)
 
 
 def _restore_one(item: Item, restorer: Restorer) -> Restored | ItemError:
@@ -241,8 +245,11 @@ def encode_file(frames: list[Item], run: RestoreRun, codecs: codec.Processes) ->
         parts = [encode(item, run, codecs) for item in frames]
         return parts[0] if len(frames) == 1 else _joined(frames, parts, run, codecs)
     finally:
+        large = _any_large(frames)
         for item in frames:
             item.source = item.picture = item.restored = item.whole = None
+        if large:  # or it would stand beside what decoding the next one takes
+            memory.trim()
 
 
 def _joined(frames: list[Item], parts: list[bytes | None], run: RestoreRun, codecs: codec.Processes) -> bytes | None:

@@ -28,7 +28,7 @@ AWS_SETTINGS = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start Ray come first, large ones before small: one of two processes would be left with the last."""
+    """Files that start Ray come first, of many tests before few: one of two processes would be left with the last."""
     sizes = Counter(item.path for item in items)
     with_ray = {item.path for item in items if item.get_closest_marker("ray")}
     items.sort(key=lambda item: (item.path not in with_ray, -sizes[item.path]))

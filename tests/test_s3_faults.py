@@ -132,7 +132,7 @@ def test_slow_down_costs_time_and_nothing_else(
     assert stored(moto_client, "in/out/") == files
 
 
-def test_calls_are_slowed_down_with_the_server(s3: str) -> None:
+def test_calls_are_slowed_down_with_the_server(proxy: FaultProxy) -> None:
     """Botocore's adaptive mode: exponential waits with jitter, and a rate that follows what is throttled."""
     retries = s3_module.s3_client().meta.config.retries  # type: ignore[attr-defined]
     assert (retries["mode"], retries["total_max_attempts"]) == ("adaptive", s3_module.ATTEMPTS)

@@ -3,9 +3,14 @@
 
 import json
 import statistics
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from restore_core import provenance
 
 FOLDER = Path(__file__).resolve().parent
 PAGE, README = FOLDER / "README.md", FOLDER.parent / "README.md"
@@ -39,7 +44,7 @@ def page() -> str:
         "## Quality",
         "[quality](quality/quality.md), [other methods](baselines/quality.md), [bfloat16](bfloat16/quality.md), "
         "[with the mirror image](self-ensemble/quality.md), "
-        "[the study of seven networks](study/study.md); what is no damage: overlays.json; other blocks: blocks.json.",
+        "[the study of nine networks](study/study.md); what is no damage: overlays.json; other blocks: blocks.json.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -160,7 +165,8 @@ def remembering() -> Iterator[str]:
         yield "## Memory"
     for result in results:
         if "kinds" in result:
-            head = f"{result['megapixels']:g} megapixels of noise | bytes for each beyond half of that | MB in all"
+            size = f"{result['megapixels']:g} megapixels of noise"
+            head = f"{size} | bytes a pixel, from the difference to half as many | MB in all"
             rows = (f"| {row['kind']} | {row['bytes_per_pixel']} | {row['mb']:,} |" for row in result["kinds"])
             lines = [f"| {head} |", "|---|---|---|", *rows]
             yield "What a worker and its codec processes take together at their most, a small network's share included."
@@ -201,7 +207,7 @@ def summary() -> str:
 
 def origin(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    where = f"{result['hardware']}; commit {result['commit'][:12]}, {result['date']}; {versions}."
+    where = f"{result['hardware']}; commit {provenance.short(result['commit'])}, {result['date']}; {versions}."
     return f"    {result['command']}\n\n{where}"
 
 

@@ -261,7 +261,7 @@ def main(job: RestoreSpeed) -> int:
             "of the slower floor": round(steady / min(model, codec), 3),
             # On CPUs both take their time from the same cores.
             **({"of both floors": round(steady * (1 / model + 1 / codec), 3)} if job.device == "cpu" else {}),
-            "of the best by hand": round(steady / other, 3),
+            "of the fastest other": round(steady / other, 3),
         },
         "rounds": rates,
     }

@@ -44,7 +44,7 @@ class Evaluate:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes GPUs where the cluster has some."""
     precision: Precision = "auto"
-    """Of the models' arithmetic: float32 or bfloat16; auto is the former on CPUs and the latter on GPUs."""
+    """Of the models' arithmetic: float32 or bfloat16; auto is the latter on GPUs since Ampere, else the former."""
     self_ensemble: bool = False
     """Average over each photograph and its mirror image: twice the work."""
 

@@ -52,8 +52,8 @@ class RestoreBucket:
     self_ensemble: bool = False
     """Restore each image and its mirror image and take the mean: a little better, twice the work."""
     precision: Precision = "auto"
-    """Of the network's arithmetic. bfloat16 is 1.7 times as fast as float32 on CPUs with AMX, and changes values by 1
-    or 2 of 255; auto takes it on GPUs, and float32 on CPUs, where results then are the same on every machine."""
+    """Of the network's arithmetic. bfloat16 is 1.8 times as fast as float32 on CPUs with AMX or AVX-512 BF16, and
+    changes values by 1 or 2 of 255; auto takes it on GPUs since Ampere, else float32, the same on every machine."""
     max_change: float | None = None
     """Do not write results that differ more from the input than this, on average over the pixels; 0 to 255."""
     retry_failed: str | None = None

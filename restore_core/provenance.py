@@ -25,6 +25,12 @@ def commit() -> str:
     return done.stdout.strip()
 
 
+def short(commit: str) -> str:
+    """Its first digits, and whether the checkout was changed."""
+    digits, dirty, _ = commit.partition("-dirty")
+    return digits[:12] + dirty
+
+
 def record() -> dict[str, object]:
     """What every result file says about where its numbers come from."""
     return {

@@ -184,12 +184,7 @@ def test_a_driver_that_is_killed_around_an_append(
         assert again(few, output) == Counter(images(FEW).keys() - (recorded - changed))
         processes.wait_until_gone()
     assert_as_uninterrupted(few, output, expected)
-    if moment == "after":
-        everything = Counter(images(FEW).keys())
-        assert again(few, output) == Counter()
-        assert again(few, output, strip_metadata=True) == everything
-        assert again(few, output, small_model(2), strip_metadata=True) == everything
-        assert Counter(row["attempt"] for row in ledger(output)) == {3: FEW - len(changed), 4: len(changed)}
+    assert again(few, output) == Counter()
 
 
 def test_the_listing_goes_on_where_it_was(

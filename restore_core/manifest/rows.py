@@ -54,7 +54,7 @@ class Row:
     patches: float | None = None
     """Estimated share of the area under patches, 0 to 1."""
     gray: float | None = None
-    """Estimated probability that colour was lost, 0 to 1."""
+    """How much of the result's colour the input lacked, 0 to 1; None for grey modes."""
     orientation: int | None = None
     """EXIF orientation of the file, 1 to 8, in which its pixels stay stored."""
     change: float | None = None

@@ -5,6 +5,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from restore_core import provenance
+
 
 def size_name(size: int) -> str:
     return "whole photograph" if size == 0 else f"{size} px"
@@ -25,7 +27,7 @@ def quality_tables(result: dict[str, Any]) -> str:
         ]
         lines.append(f"| {damage.replace('_', ' ')} | " + " | ".join(cells) + " |")
     count = result["rows"][0]["images"]
-    about = f"{count} photographs; commit {result['commit'][:12]}, {result['date']}, {result['hardware']}."
+    about = f"{count} photographs; commit {provenance.short(result['commit'])}, {result['date']}, {result['hardware']}."
     lines += ["", about, "", f"    {result['command']}", ""]
     if result["diagnosis"]:
         lines += ["## What the model says was wrong", "", *_diagnosis_table(result["diagnosis"], sizes), ""]

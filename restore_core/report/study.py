@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from restore_core import provenance
 from restore_core.report.training import paste
 
 OVERVIEW_SIDE = 144  # pixels, about: of a face in the overview
@@ -40,8 +41,8 @@ def study_table(result: dict[str, Any]) -> str:
             cells = [row["network"], *size, *quality]
         lines.append(f"| {row['variant']} | " + " | ".join(cells) + " |")
     about = (
-        f"PSNR in dB. {result['images']} photographs at {result['size']} px; commit {result['commit'][:12]}, "
-        f"{result['date']}, {result['hardware']}."
+        f"PSNR in dB. {result['images']} photographs at {result['size']} px; commit "
+        f"{provenance.short(result['commit'])}, {result['date']}, {result['hardware']}."
     )
     return "\n".join([*lines, "", about, "", f"    {result['command']}", ""])
 

@@ -18,6 +18,8 @@ from restore_core.storage import Storage
 Pixels = npt.NDArray[np.uint8]
 
 SOFTWARE = "restore_core"
+CONTENT_TYPES = {"JPEG2000": "image/jp2", "MPO": "image/jpeg"}
+"""Where it is not the format's own name."""
 JUDGED_PIXELS = 256
 """Smaller pictures may well end in one colour, or in black and white, unless that is far from what they were."""
 FAR = 100
@@ -150,7 +152,7 @@ def write(row: Row, data: bytes, output: Storage) -> None:
     """Put the file at the input's own key, whole or not at all. Raises ItemError `write` or `denied`."""
     if row.key == manifest.FOLDER:
         raise ItemError("write", f"the name {row.key} is the ledger's; rename the file")
-    output.write(row.key, data, content_type=f"image/{str(row.format).lower()}")
+    output.write(row.key, data, content_type=CONTENT_TYPES.get(row.format or "", f"image/{row.format}".lower()))
     row.output_key = row.key
     row.output_sha256 = hashlib.sha256(data).hexdigest()
 

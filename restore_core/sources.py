@@ -168,7 +168,7 @@ def open_parquet(storage: Storage, key: str, option: str) -> Iterator[pq.Parquet
             yield pq.ParquetFile(handle)
     except StorageError:
         raise
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"{option} {storage.join(key)}: not a readable Parquet file ({reason}); replace it") from error
 
@@ -186,7 +186,10 @@ def image_column(schema: pa.Schema, place: str = "a Parquet file") -> str:
 
     candidates = [field.name for field in schema if holds_bytes(field.type)]
     if "image" in candidates:
-        return "image"
+        candidates = ["image"]
+    for name in ("key", "split", *candidates):
+        if schema.names.count(name) > 1:
+            raise UsageError(f"{place}: two of its columns are called {name!r}; rename one")
     if len(candidates) == 1:
         return str(candidates[0])
     raise UsageError(

@@ -424,6 +424,23 @@ def test_nothing_follows_a_jpeg_without_metadata(options: dict[str, object]) -> 
     assert bare.count(b"\xff\xd8\xff") == 1 and b"GPS" not in bare and b"Camera" not in bare
 
 
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}], ids=str)
+def test_what_follows_a_jpeg_stays(options: dict[str, object]) -> None:
+    """The film of a motion photo, whose place the metadata tells from the file's end."""
+    film = b"\0\0\0\x18ftypmp42\xff\xd8\xff\xd9" + bytes(range(256)) * 9
+    source = image_of("JPEG", "RGB", **options)
+    picture = decode(source + film)
+    after = encode(255 - picture.pixels, source + film, picture=picture, software=SOFTWARE)
+    assert after.endswith(b"\xff\xd9" + film)
+    assert after.removesuffix(film) == encode(255 - picture.pixels, source, picture=picture, software=SOFTWARE)
+    bare = encode(picture.pixels, source + film, picture=picture, software=SOFTWARE, strip_metadata=True)
+    assert bare.endswith(b"\xff\xd9") and film not in bare
+    several = file_of(Image.fromarray(random_pixels(7, 11, 3)), "MPO", save_all=True,
+                      append_images=[Image.fromarray(random_pixels(7, 11, 3))])  # fmt: skip
+    first = decode(several, frames="first")
+    assert encode(first.pixels, several, picture=first, software=SOFTWARE).count(b"\xff\xd8\xff") == 1
+
+
 def test_metadata_of_a_bare_photograph_is_nothing_to_take_away() -> None:
     for name in ("JPEG", "WEBP", "BMP"):
         source = image_of(name, "RGB")

@@ -3,6 +3,10 @@
 import io
 import re
 import struct
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +15,13 @@ from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from test_codec_modes import ICC, SOFTWARE, difference, smooth
 
+from restore_core import checkpoint
 from restore_core.codec import Processes, decode, encode, join, without_metadata
 from restore_core.codec.decoding import decode_frames
 from restore_core.errors import ItemError
+from restore_core.manifest import Row
+from restore_core.pipelines import stages
+from restore_core.storage import LocalStorage
 
 COUNT = 3
 DURATIONS = [100, 200, 50]
@@ -276,3 +284,46 @@ def test_frames_come_through_the_processes_too() -> None:
         assert [frame.source for frame in found] == [frame.source for frame in here]
         assert np.array_equal(found[2].picture.native, truths[2])
         assert [frame.source for frame in codecs.decode_frames(single, frames="all")] == [None]
+
+
+@pytest.mark.parametrize("name", ["GIF", "PNG", "WEBP lossy", "AVIF"])
+def test_of_an_undamaged_animation_only_the_metadata_goes(
+    name: str, tmp_path: Path, small_model: Callable[[int], Path]
+) -> None:
+    source, _ = ANIMATED[name]
+    place = LocalStorage(tmp_path)
+    run = stages.RestoreRun(
+        input=place, output=place, model=checkpoint.read(str(small_model(1))), device="cpu", threads=1,
+        max_pixels=10**6, strip_metadata=True, frames="all",
+    )  # fmt: skip
+    row = Row(key="a", size=len(source), etag="e", model="m", options="o", run_id="r")
+    with Processes(1, max_pixels=10**6) as codecs, ThreadPoolExecutor(1) as pool:
+        frames = stages.decode([stages.Item(row, source)], run, codecs, pool)
+        assert len(frames) == COUNT
+        after = stages.encode_file(frames, run, codecs)
+        assert (row.status, row.change, row.format) == ("unchanged", 0.0, name.split()[0])
+        with Image.open(io.BytesIO(source)) as image:
+            assert row.mode == image.mode
+        assert after == without_metadata(source, picture=decode(source, frames="first"))
+        assert np.array_equal(frames_of(after), frames_of(source))
+        row.status, run = None, replace(run, frames="first", strip_metadata=False)
+        frames = stages.decode([stages.Item(row, source)], run, codecs, pool)
+        assert row.message == "the first of 3 frames or pages; the others are left out"
+        assert stages.encode_file(frames, run, codecs) == source
+        assert row.message == "the first of 3 frames or pages; all are copied"
+
+
+def test_small_files_that_unfold_to_much_are_counted(tmp_path: Path, small_model: Callable[[int], Path]) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (4000, 4000)).save(file, "WEBP", lossless=True)
+    source = file.getvalue()
+    assert len(source) < 1000
+    place = LocalStorage(tmp_path)
+    run = stages.RestoreRun(
+        input=place, output=place, model=checkpoint.read(str(small_model(1))), device="cpu", threads=1,
+        max_pixels=10**8, strip_metadata=False,
+    )  # fmt: skip
+    row = Row(key="a", size=len(source), etag="e", model="m", options="o", run_id="r")
+    with Processes(1, max_pixels=10**8) as codecs, ThreadPoolExecutor(1) as pool:
+        items = [stages.Item(row, source) for _ in range(5)]
+        assert [len(group) for group in stages.groups(items, run, codecs, pool)] == [2, 2, 1]

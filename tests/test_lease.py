@@ -1,5 +1,6 @@
 """Of several runs on one output exactly one works; that of a dead owner is taken over, that of a living one never."""
 
+import fcntl
 import json
 import os
 import signal
@@ -287,7 +288,27 @@ def test_what_is_no_lease_is_refused_and_kept(output: Storage, content: bytes) -
     assert output.read(KEY) == content
 
 
-def test_conditional_writes(output: Storage) -> None:
+def test_a_lease_does_not_vanish_while_it_is_renewed(tmp_path: Path) -> None:
+    output, versions = LocalStorage(tmp_path), [None]
+    renewals = 300
+
+    def renew() -> None:
+        for number in range(renewals):
+            versions.append(output.write_if(KEY, str(number).encode(), versions[-1]))  # type: ignore[arg-type]
+
+    versions = [output.write_if(KEY, b"owner", None)]
+    owner = threading.Thread(target=renew)
+    owner.start()
+    while owner.is_alive():
+        assert output.exists(KEY)
+        assert output.write_if(KEY, b"another", None) is None
+    assert len(versions) == renewals + 1 and None not in versions
+
+
+@pytest.mark.parametrize("lockable", [True, False])
+def test_conditional_writes(output: Storage, monkeypatch: pytest.MonkeyPatch, lockable: bool) -> None:
+    if not lockable:
+        monkeypatch.setattr(fcntl, "flock", _raise_not_supported)
     first = output.write_if("a/b", b"1", None)
     assert first is not None
     assert output.write_if("a/b", b"2", None) is None
@@ -301,6 +322,10 @@ def test_conditional_writes(output: Storage) -> None:
     assert [item.key for item in output.list()] == ["a/b"]
     assert [item.etag for item in output.list()] == [second]
     assert not list(output.unfinished())
+
+
+def _raise_not_supported(*_: object) -> None:
+    raise OSError(95, "Operation not supported")
 
 
 def test_conditional_writes_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,13 +100,39 @@ def test_after_a_merge_there_is_one_row_a_key_and_the_latest_counts(tmp_path: Pa
     first, second = Ledger(storage, "run-1"), Ledger(storage, "run-2")
     first.append([row("b", at=0), row("a", at=1, attempt=1)])
     second.append([row("a", at=9, attempt=2), row("c", at=3)])
-    first.append([row("a", at=5, attempt=7)])  # written later, finished earlier
+    first.append([row("a", at=5, attempt=2)])  # written later, finished earlier
     assert second.merge() == 3
     merged = manifest.rows_of(second.latest())
     assert [(r.key, r.attempt) for r in merged] == [("a", 2), ("b", 1), ("c", 1)]
     assert manifest.rows_of(pa.concat_tables(pq.read_table(file) for file in files_of(tmp_path))) == merged
     assert Ledger(storage, "run-3").merge() == 3
     assert manifest.rows_of(pa.concat_tables(pq.read_table(file) for file in files_of(tmp_path))) == merged
+
+
+def test_a_later_attempt_counts_though_clocks_differ(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    Ledger(storage, "run-1").append([row("a", at=600, status="failed", error="read", output_key=None)])
+    ledger = Ledger(storage, "run-2")
+    ledger.append([row("a", at=0, attempt=2)])
+    assert ledger.latest()["status"].to_pylist() == ["restored"]
+    assert ledger.superseded() == set()
+    assert ledger.merge() == 1 and ledger.latest()["attempt"].to_pylist() == [2]
+
+
+def test_what_was_begun_is_forgotten_once_it_is_done(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    ledger, begun = Ledger(storage, "run"), Ledger(storage, "run", folder="begun")
+    ledger.append([row("a", attempt=2), row("b"), row("d", attempt=3)])
+    begun.append([row(key, attempt=2, status=None) for key in "abcd"])
+
+    def forget() -> int:
+        return begun.merge(lambda marks: manifest.unanswered(marks, ledger.rows(("key", "attempt"))))
+
+    for _ in range(2):
+        assert forget() == 2
+        assert begun.latest()["key"].to_pylist() == ["b", "c"]
+    ledger.append([row("b", at=1, attempt=2), row("c", attempt=2)])
+    assert forget() == 0 and not list((tmp_path / "_restore/begun").iterdir())
 
 
 def test_large_ledgers_are_merged_into_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

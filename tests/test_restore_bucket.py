@@ -374,18 +374,23 @@ def test_frames_and_pages_are_restored_one_by_one(
     pages = [photograph(20, 24, 1), photograph(9, 5, 2, "L"), photograph(30, 30, 3, "RGBA")]
     files = {
         "animated.gif": encoded(photograph(8, 8), "GIF", save_all=True, append_images=[photograph(8, 8, 1)]),
+        "clear.webp": encoded(photograph(8, 8, 2, "RGBA"), "WEBP", save_all=True, append_images=[photograph(8, 8, 1)]),
         "pages.tif": encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:]),
         "one.jpg": GOOD["a/tiny.jpg"],
     }
     source = write_tree(tmp_path / "in", files)
     assert run(source, tmp_path / "out", max_failed_share=1.0) == 0
     assert {key: row.error for key, row in ledger_of(tmp_path / "out").items()} == {
-        "animated.gif": "unsupported", "one.jpg": None, "pages.tif": "unsupported",
+        "animated.gif": "unsupported", "clear.webp": "unsupported", "one.jpg": None, "pages.tif": "unsupported",
     }  # fmt: skip
     assert run(source, tmp_path / "out", frames="all") == 0
     rows = assert_closed(tmp_path / "out", set(files))
     assert {row.status for row in rows.values()} == {"restored"}
     assert (rows["pages.tif"].width, rows["pages.tif"].height, rows["pages.tif"].mode) == (24, 20, "RGB")
+    assert {key: row.format for key, row in rows.items()} == {
+        "animated.gif": "GIF", "clear.webp": "WEBP", "one.jpg": "JPEG", "pages.tif": "TIFF",
+    }  # fmt: skip
+    assert rows["clear.webp"].mode == "RGBA"
     with Image.open(tmp_path / "out/animated.gif") as image:
         assert image.n_frames == 2
     with Image.open(tmp_path / "out/pages.tif") as image:
@@ -410,6 +415,9 @@ def test_frames_and_pages_are_restored_one_by_one(
         for row in manifest.rows_of(table)
     ]
     assert {row.key: row.output_sha256 for row in found} == {key: row.output_sha256 for key, row in rows.items()}
+    assert {row.key: (row.format, row.mode) for row in found} == {
+        row.key: (row.format, row.mode) for row in rows.values()
+    }
     assert run(source, tmp_path / "out", frames="first") == 0
     rows = assert_closed(tmp_path / "out", set(files))
     assert rows["pages.tif"].message == "the first of 3 frames or pages; the others are left out"
@@ -531,6 +539,8 @@ def test_an_output_that_was_begun_with_other_options_is_not_believed(
             run(source, output, repair="noise", model="faces")
     assert ledger_of(output) == rows
     assert files_of(output) != former, "it was not in the middle"
+    (tmp_path / "keys").write_text("0.png\n")
+    assert run(source, output, keys=str(tmp_path / "keys")) == 0  # which says nothing of the others
     assert run(source, output) == 0
     assert files_of(output) == former
     later = assert_closed(output, set(files))
@@ -1210,6 +1220,14 @@ def test_parquet_that_cannot_be_used_is_refused(command: Callable[..., str], tmp
     pq.write_table(dataset_table(2), tmp_path / "colliding/a.parquet", row_group_size=1)
     pq.write_table(dataset_table(4).slice(2), tmp_path / "colliding/a-00001.parquet")
     refused(command(input=tmp_path / "colliding"), "its output a-00001.parquet is also that of a-00001.parquet")
+    for folder in ("nested", "two"):
+        (tmp_path / folder).mkdir()
+    structs = pa.array([{"name": "a"}, {"name": "b"}])
+    pq.write_table(table.set_column(0, "key", structs), tmp_path / "nested/a.parquet")
+    refused(command(input=tmp_path / "nested"), f"--input {tmp_path}/nested/a.parquet", "its column key is struct<name")
+    for name in ("key", "image"):
+        pq.write_table(table.append_column(name, table[name]), tmp_path / "two/a.parquet")
+        refused(command(input=tmp_path / "two"), f"--input {tmp_path}/two/a.parquet", f"columns are called '{name}'")
     (tmp_path / "broken/a.parquet").write_bytes(b"PAR1 or not")
     refused(command(input=tmp_path / "broken"), f"--input {tmp_path}/broken/a.parquet", "not a readable Parquet file")
 

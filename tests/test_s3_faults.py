@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import urllib3
+from botocore.response import StreamingBody
 from fault_proxy import Fault, FaultProxy, Kind
 from processes import wait_for
 
@@ -161,6 +163,33 @@ def test_a_body_that_breaks_off_is_read_again(proxy: FaultProxy, moto_client: "S
             assert proxy.injected == {kind: 2} and proxy.requests["GET", f"photos/in/{item.key}"] == 3
 
 
+def test_a_body_whose_encryption_breaks_is_read_again(
+    proxy: FaultProxy, moto_client: "S3Client", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Botocore translates most of what urllib3 raises there, and this not."""
+    files, place = filled(moto_client, 1), open_storage("s3://photos/in/")
+    read, times = StreamingBody.read, 2
+
+    def broken(self: StreamingBody, amt: int | None = None) -> bytes:
+        nonlocal times
+        times -= 1
+        if times >= 0:
+            raise urllib3.exceptions.SSLError("bad record mac")
+        return read(self, amt)
+
+    monkeypatch.setattr(StreamingBody, "read", broken)
+    assert place.read("000.jpg") == files["000.jpg"]
+    times = 1000
+    monkeypatch.setattr(s3_module, "ROUNDS", 2)
+    assert "bad record mac" in fails("read", place.read, "000.jpg")
+
+
+def test_the_probe_is_no_photograph(proxy: FaultProxy, moto_client: "S3Client") -> None:
+    moto_client.put_object(Bucket="photos", Key="out/.restore-probe", Body=b"a photograph")
+    require_writable(open_storage("s3://photos/out"), "--output")
+    assert stored(moto_client, "out/") == {".restore-probe": b"a photograph"}
+
+
 @pytest.mark.parametrize("kind", [SLOW_DOWN, "error", "refused", "lost_answer"])
 def test_a_put_that_fails_is_made_again(proxy: FaultProxy, moto_client: "S3Client", kind: Kind) -> None:
     with proxy.injecting(Fault(kind=kind, method="PUT|DELETE", times=2)):
@@ -277,8 +306,8 @@ def test_a_key_that_is_denied_is_named_with_the_permission(proxy: FaultProxy, mo
     ("method", "said"),
     [
         ("LIST", "access denied, s3:ListBucket is missing"),
-        ("PUT", "cannot put s3://photos/out/.restore-probe: access denied, s3:PutObject is missing"),
-        ("DELETE", "cannot delete s3://photos/out/.restore-probe: access denied, s3:DeleteObject is missing"),
+        ("PUT", "cannot put s3://photos/out/_restore/probe: access denied, s3:PutObject is missing"),
+        ("DELETE", "cannot delete s3://photos/out/_restore/probe: access denied, s3:DeleteObject is missing"),
     ],
 )
 def test_a_bucket_that_may_not_be_written_is_refused_at_once(proxy: FaultProxy, method: str, said: str) -> None:

@@ -9,7 +9,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -44,6 +44,10 @@ MODES = ("L", "LA", "RGB", "RGBA", "P", "CMYK", "LAB", *DEEP_MODES)
 """What can be restored, where the format can hold it."""
 
 
+ARRAYS = ("pixels", "alpha", "native")
+"""Of a picture."""
+
+
 @dataclass(frozen=True, eq=False)
 class Picture:
     """One decoded picture, in the stored orientation (the EXIF tag is not applied)."""
@@ -68,6 +72,10 @@ class Picture:
     left_out: int = 0
     """Further frames or pages of the file."""
 
+    def described(self) -> dict[str, Any]:
+        """All but the arrays, which are `ARRAYS`."""
+        return {name: value for name, value in vars(self).items() if name not in ARRAYS}
+
     @property
     def shown(self) -> Pixels:
         """The pixels the way up that viewers show them: a view, or the pixels themselves."""
@@ -79,6 +87,14 @@ class Picture:
         return _TO_SHOWN[_INVERSE.get(orientation, orientation)](shown)
 
 
+class Holder(NamedTuple):
+    """An animation: see `Picture` for the same fields of one picture."""
+
+    format: str
+    mode: str
+    orientation: int | None
+
+
 @dataclass(frozen=True, eq=False)
 class Frame:
     """One picture of a file that may hold several."""
@@ -86,22 +102,27 @@ class Frame:
     picture: Picture
     source: bytes | None = None
     """The frame or page as a file of its own; None where it is the file itself."""
+    holder: Holder | None = None
+    """The file itself, where its frames became files of another format."""
 
 
 def decode_frames(data: bytes, *, max_pixels: int, frames: Frames = "refuse") -> list[Frame]:
     """Decode one file of one or several pictures: see `Frames`. Raises ItemError like `decode`."""
     parts: list[bytes] = []
+    holder: Holder | None = None
     if frames == "all":
         image = open_header(data, max_pixels=max_pixels)
         with _decoding(data):
             if getattr(image, "n_frames", 1) > 1:
+                if not isinstance(image, TiffImageFile):
+                    holder = Holder(image.format or "", image.mode, _orientation(image))
                 parts = split(image, data, max_pixels)
     if not parts:
         return [Frame(decode(data, max_pixels=max_pixels, frames=frames))]
     total = sum(_weighed(open_header(part, max_pixels=max_pixels), part) for part in parts)
     if total > max_pixels:
         raise too_large(f"{len(parts)} pages that count as {total} pixels", max_pixels)
-    return [Frame(decode(part, max_pixels=max_pixels), part) for part in parts]
+    return [Frame(decode(part, max_pixels=max_pixels), part, holder) for part in parts]
 
 
 def pixel_count(data: bytes, *, max_pixels: int, frames: Frames = "refuse") -> int:

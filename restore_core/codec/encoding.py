@@ -48,7 +48,8 @@ def encode(pixels: Pixels, source: bytes, *, picture: Picture, software: str, st
         block = _exif_block(original, source, picture.orientation, software, strip_metadata)
         match original:
             case JpegImageFile():
-                return _encode_jpeg(_image(pixels, picture), original, block, strip_metadata)
+                jpeg = _encode_jpeg(_image(pixels, picture), original, block, strip_metadata)
+                return jpeg if strip_metadata or original.format == "MPO" else jpeg + _after_jpeg(source)
             case TiffImageFile():
                 return _encode_tiff(pixels, picture, original, source, software, strip_metadata)
         match original.format:
@@ -220,25 +221,32 @@ def _gif_frame(image: Image.Image) -> Image.Image:
     return _with_gif_palette(pixels, alpha)
 
 
-def _strip_jpeg(source: bytes, block: bytes) -> bytes:
-    """Without what follows the picture, such as others with metadata of their own (MPO)."""
-    kept, at = [source[:2]], 2
+def _jpeg_segments(source: bytes) -> tuple[list[tuple[int, int]], int]:
+    """Where each segment begins and ends, and where the picture does; scans reach up to the next marker."""
+    found, at = [], 2
     while at + 4 <= len(source) and source[at : at + 2] != _JPEG_END:
         if source[at] != 0xFF or source[at + 1] in (0, 0xFF):  # decoders pass over it
             at += 1
             continue
         end = at + 2 + int.from_bytes(source[at + 2 : at + 4], "big")
-        body = source[at + 4 : end]
-        if source[at + 1] == 0xDA:  # start of scan: coded pixels follow, up to the next marker
+        if source[at + 1] == 0xDA:  # start of scan: coded pixels follow
             marker = _JPEG_MARKER.search(source, end)
             end = marker.start() if marker else len(source)
-        code = source[at + 1]
+        found.append((at, end))
+        at = end
+    return found, at + 2 if source[at : at + 2] == _JPEG_END else len(source)
+
+
+def _strip_jpeg(source: bytes, block: bytes) -> bytes:
+    """Without what follows the picture, such as others with metadata of their own (MPO)."""
+    kept = [source[:2]]
+    for at, end in _jpeg_segments(source)[0]:
+        code, body = source[at + 1], source[at + 4 : end]
         is_text = 0xE0 <= code <= 0xEF or code == 0xFE
         if code == 0xE0 and body.startswith(b"JFIF\0") and len(body) >= 14:
             kept.append(b"\xff\xe0\0\x10" + body[:12] + b"\0\0")  # without the thumbnail
         elif not is_text or (code in _JPEG_COLOUR and body.startswith(_JPEG_COLOUR[code])):
             kept.append(source[at:end])
-        at = end
     if block:
         kept.insert(1, struct.pack(">BBH", 0xFF, 0xE1, len(block) + 8) + b"Exif\0\0" + block)
     return b"".join([*kept, _JPEG_END])
@@ -305,6 +313,11 @@ def _encode_jpeg(image: Image.Image, original: JpegImageFile, block: bytes, stri
         **({} if strip else options),
     )
     return _with_jpeg_density(jpeg, info)
+
+
+def _after_jpeg(source: bytes) -> bytes:
+    """What follows the picture, as the film of a motion photo does; its place is told from the file's end."""
+    return source[_jpeg_segments(source)[1] :]
 
 
 def _with_jpeg_density(jpeg: bytes, info: dict[str | tuple[int, int], Any]) -> bytes:

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from restore_core import memory
 from restore_core.codec.colour import Pixels
-from restore_core.codec.decoding import Frame, Frames, Picture, decode_frames, pixel_count
+from restore_core.codec.decoding import ARRAYS, Frame, Frames, Holder, Picture, decode_frames, pixel_count
 from restore_core.codec.encoding import encode, join, without_metadata
 from restore_core.errors import ErrorClass, ItemError
 
@@ -37,7 +37,6 @@ BASE_BYTES, BYTES_PER_PIXEL = 2**30, 32
 """Address space of a child: the interpreter with its libraries, and what the greediest codec (JPEG 2000) needs."""
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _PROGRAM = "import sys; from restore_core.codec import processes; processes.serve(int(sys.argv[1]))"
-_ARRAYS = ("pixels", "alpha", "native")
 _PIPE_BYTES = 2**20
 _LARGE_BYTES = 2**22
 """After a message of more than that a child gives back what it has freed."""
@@ -73,11 +72,12 @@ class Processes:
     def decode_frames(self, data: bytes, *, frames: Frames = "refuse") -> list[Frame]:
         fields, arrays = self._call("decode", {"call": "decode", "frames": frames}, [data])
         found = []
+        holder = Holder(*fields["holder"]) if fields["holder"] else None
         for index, picture in enumerate(fields["pictures"]):
             *parts, source = arrays[4 * index : 4 * index + 4]
             pixels, alpha, native = cast(list[Array], parts)
             made = Picture(**picture, pixels=pixels, alpha=alpha, native=native)
-            found.append(Frame(made, cast(bytes | None, source)))
+            found.append(Frame(made, cast(bytes | None, source), holder))
         return found
 
     def pixel_count(self, data: bytes, *, frames: Frames = "refuse") -> int:
@@ -235,8 +235,7 @@ def _size(part: Part) -> int:
 
 
 def _described(picture: Picture) -> tuple[dict[str, Any], list[Part]]:
-    fields = {name: value for name, value in vars(picture).items() if name not in _ARRAYS}
-    return fields, [getattr(picture, name) for name in _ARRAYS]
+    return picture.described(), [getattr(picture, name) for name in ARRAYS]
 
 
 def _widen(pipe: IO[bytes]) -> None:
@@ -301,11 +300,12 @@ def _answer(fields: dict[str, Any], parts: list[Part], max_pixels: int) -> Messa
 def _decoded(data: bytes, max_pixels: int, frames: Frames) -> Message:
     pictures: list[dict[str, Any]] = []
     answer: list[Part] = []
-    for frame in decode_frames(data, max_pixels=max_pixels, frames=frames):
+    found = decode_frames(data, max_pixels=max_pixels, frames=frames)
+    for frame in found:
         described, parts = _described(frame.picture)
         pictures.append(described)
         answer += [*parts, frame.source]
-    return {"pictures": pictures}, answer
+    return {"pictures": pictures, "holder": found[0].holder}, answer
 
 
 def _encoded(call: str, fields: dict[str, Any], parts: list[Part], max_pixels: int) -> bytes:

@@ -1,13 +1,13 @@
 """Rows on disk or S3, in files that are each sorted by key, so that any number of them is read as one sorted stream.
 
 Rows are appended as small Parquet files while a run goes on (each written whole or not at all); now and then a few of
-them are made one, and of those again a few, and all at the run's end. Where a key has several rows, the latest counts;
-so a crash between any two steps costs nothing.
+them are made one, and of those again a few, and all at the run's end. Where a key has several rows, that of the latest
+attempt counts; so a crash between any two steps costs nothing.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,6 +23,8 @@ GROUP_ROWS = 4096
 """Of them so many are held as rows."""
 SMALL_FILES = 64
 """So many appended files are made one stream of files, and so many of those streams one."""
+_ORDER = "attempt", "finished_at"
+"""Of a key's rows the last one counts: attempts are counted from run to run, while clocks of workers may differ."""
 _PART = re.compile(r"part-(\d+)-(.+)\.parquet")
 """Parts with the same second half follow each other, as the result of one merge."""
 
@@ -60,15 +62,18 @@ class Ledger:
     def superseded(self) -> set[str]:
         """The output keys that only rows name which do not count any more. After a merge there are none."""
         ever, now = set(), set()
-        for window in self._windows(self._found(), ["key", "finished_at", "output_key"]):
+        for window in self._windows(self._found(), ["key", *_ORDER, "output_key"]):
             ever.update(window["output_key"].to_pylist())
             now.update(_latest(window)["output_key"].to_pylist())
         return ever - now - {None}
 
-    def merge(self) -> int:
-        """Make exactly one row a key, in few files. Returns their number. Interrupted anywhere, nothing is lost."""
+    def merge(self, choose: Callable[[Iterator[pa.Table]], Iterator[pa.Table]] = iter) -> int:
+        """Make exactly one row a key, in few files, of those that `choose` leaves.
+
+        Returns how many rows there are. Interrupted anywhere, nothing is lost.
+        """
         self._streams.clear()
-        return self._merge(self._found(), self._generation())
+        return self._merge(self._found(), self._generation(), choose)
 
     def clear(self) -> None:
         """Delete all rows. Raises ItemError."""
@@ -102,14 +107,19 @@ class Ledger:
         return self._written - 1
 
     def _rows(self, streams: list[list[Object]], columns: Sequence[str]) -> Iterator[pa.Table]:
-        needed = list(dict.fromkeys([*columns, "key", "finished_at"]))
+        needed = list(dict.fromkeys([*columns, "key", *_ORDER]))
         for window in self._windows(streams, needed):
             yield _latest(window).select(list(columns))
 
     def _windows(self, streams: list[list[Object]], columns: list[str]) -> Iterator[pa.Table]:
         return _windows([self._read(stream, columns) for stream in streams])
 
-    def _merge(self, streams: list[list[Object]], generation: str) -> int:
+    def _merge(
+        self,
+        streams: list[list[Object]],
+        generation: str,
+        choose: Callable[[Iterator[pa.Table]], Iterator[pa.Table]] = iter,
+    ) -> int:
         waiting, total, parts = SCHEMA.empty_table(), 0, 0
 
         def write(table: pa.Table) -> None:
@@ -117,7 +127,7 @@ class Ledger:
             self._write(f"part-{parts:05d}-{generation}.parquet", table)
             parts += 1
 
-        for table in self._rows(streams, SCHEMA.names):
+        for table in choose(self._rows(streams, SCHEMA.names)):
             total += len(table)
             waiting = pa.concat_tables([waiting, table])
             while len(waiting) >= FILE_ROWS:
@@ -174,8 +184,8 @@ def _windows(streams: list[Iterator[pa.Table]]) -> Iterator[pa.Table]:
 
 
 def _latest(table: pa.Table) -> pa.Table:
-    """Sorted by key, of each key the row that was finished last."""
-    table = table.sort_by([("key", "ascending"), ("finished_at", "ascending")])
+    """Sorted by key, of each key the row that counts."""
+    table = table.sort_by([(name, "ascending") for name in ("key", *_ORDER)])
     keys = table["key"].combine_chunks()
     if len(keys) < 2:
         return table

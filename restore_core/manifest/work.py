@@ -104,10 +104,7 @@ def compare(
     Raises StorageError where a listing is not sorted.
     """
     rows = Sorted(((row.key, row) for table in done for row in rows_of(table.select(COLUMNS))), "the ledger")
-    again = Sorted(
-        ((key, attempt) for table in begun for key, attempt in zip(*_lists(table, "key", "attempt"), strict=True)),
-        "the list of what was begun",
-    )
+    again = Sorted((pair for table in begun for pair in _pairs(table)), "the list of what was begun")
     for key, item in ascending(((item.key, item) for item in objects), "the input's listing"):
         row, tries = rows.get(key), again.get(key) or 0
         if row is None:
@@ -124,5 +121,18 @@ def compare(
         yield Found(item, row, None if same and finished else max(row.attempt, tries) + 1)
 
 
-def _lists(table: pa.Table, *columns: str) -> list[list[object]]:
-    return [table[name].to_pylist() for name in columns]
+def unanswered(begun: Iterable[pa.Table], done: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Of what was begun again, that of which there is no row of that attempt yet.
+
+    Args:
+        begun: rows, sorted by key.
+        done: the ledger's, at least `key` and `attempt`; not read where nothing was begun.
+    """
+    attempts: Sorted[int] | None = None
+    for table in begun:
+        attempts = attempts or Sorted((pair for rows in done for pair in _pairs(rows)), "the ledger")
+        yield table.filter(pa.array([(attempts.get(key) or 0) < attempt for key, attempt in _pairs(table)], pa.bool_()))
+
+
+def _pairs(table: pa.Table) -> Iterator[tuple[str, int]]:
+    return zip(table["key"].to_pylist(), table["attempt"].to_pylist(), strict=True)

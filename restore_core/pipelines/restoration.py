@@ -334,8 +334,7 @@ def _restore(
         for key in ledger.superseded() - {group.output_key for group in listing.groups.groups}:
             output.delete(key)
     rows = ledger.merge()
-    if not stopped:
-        begun.clear()
+    begun.merge(lambda marks: manifest.unanswered(marks, ledger.rows(("key", "attempt"))))
     output.remove_unfinished(before=lease.since)
     seconds = time.perf_counter() - started
     assert stopped or overview.statuses.total() == account.listed <= rows, "the ledger does not close: a bug"

@@ -6,6 +6,7 @@ Every expected failure ends in the object's row and goes no further; anything el
 import contextlib
 import faulthandler
 import hashlib
+import json
 import socket
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -36,7 +37,9 @@ GROUP_PIXELS = 2**25
 READ_BYTES = 2**20
 """Of a Parquet file's columns at once."""
 SMALL_FILE_BYTES = 2**14
-"""Even compressed as far as formats go, a unit of these is no more than some groups: they are not measured first."""
+"""A JPEG of so few has six million pixels at the most: a unit of these is not measured first. 16 million pixels of one
+colour are 678 bytes of WebP."""
+OTHERS_LEFT_OUT = "the others are left out"
 STAGE_SECONDS = 900
 """Longer than a unit's files may take to be fetched and decoded, or encoded and written, retries included."""
 IDLE_BYTES = 3 * 2**29
@@ -135,7 +138,9 @@ def groups(items: list[Item], run: RestoreRun, codecs: codec.Processes, pool: Ex
 
 
 def _pixel_count(item: Item, run: RestoreRun, codecs: codec.Processes) -> int:
-    if not item.open or item.source is None or len(item.source) <= SMALL_FILE_BYTES:
+    if not item.open or item.source is None:
+        return 0
+    if len(item.source) <= SMALL_FILE_BYTES and item.source.startswith(b"\xff\xd8\xff"):
         return 0
     try:
         return codecs.pixel_count(item.source, frames=run.frames)
@@ -156,23 +161,23 @@ def _decode(item: Item, run: RestoreRun, codecs: codec.Processes) -> list[Item]:
     with _wall(item.row):
         assert item.source is not None
         first, *others = codecs.decode_frames(item.source, frames=run.frames)
-        _describe(item.row, first.picture)
+        _describe(item.row, first)
         item.picture = first.picture
         if first.source is not None:
             item.whole, item.source = item.source, first.source
         elif first.picture.left_out:
-            count = first.picture.left_out + 1
-            item.row.message = f"the first of {count} frames or pages; the others are left out"
+            item.row.message = f"the first of {first.picture.left_out + 1} frames or pages; {OTHERS_LEFT_OUT}"
         for index, frame in enumerate(others, start=1):
             row = replace(item.row, seconds=None)
-            _describe(row, frame.picture)
+            _describe(row, frame)
             items.append(Item(row, frame.source, frame.picture, frame=index))
     return items
 
 
-def _describe(row: Row, picture: codec.Picture) -> None:
-    row.format, row.mode, row.width, row.height = picture.format, picture.mode, picture.width, picture.height
-    row.orientation = picture.orientation
+def _describe(row: Row, frame: codec.Frame) -> None:
+    picture = frame.picture
+    row.width, row.height = picture.width, picture.height
+    row.format, row.mode, row.orientation = frame.holder or (picture.format, picture.mode, picture.orientation)
 
 
 def restore(items: list[Item], restorer: Restorer) -> None:
@@ -228,6 +233,8 @@ def encode(item: Item, run: RestoreRun, codecs: codec.Processes) -> bytes | None
         assert item.source is not None and item.picture is not None
         if item.restored is None:
             item.row.status, item.row.change = "unchanged", 0.0
+            if item.row.message and not run.strip_metadata:
+                item.row.message = item.row.message.replace(OTHERS_LEFT_OUT, "all are copied")
             return codecs.without_metadata(item.source, picture=item.picture) if run.strip_metadata else item.source
         return sinks.encode(
             item.row, item.source, item.picture, item.restored, codecs,
@@ -265,12 +272,15 @@ def _joined(frames: list[Item], parts: list[bytes | None], run: RestoreRun, code
             values = [value for row in rows if (value := getattr(row, name)) is not None]
             setattr(first.row, name, sum(values) / len(values) if values else None)
         first.row.seconds = sum(row.seconds or 0.0 for row in rows)
-        unchanged = all(row.status == "unchanged" for row in rows)
-        if unchanged and not run.strip_metadata:
+        first.row.status = "unchanged" if all(row.status == "unchanged" for row in rows) else "restored"
+        if first.row.status == "unchanged" and not run.strip_metadata:
             return first.whole
-        first.row.status = "unchanged" if unchanged else "restored"
-        whole = [part for part in parts if part is not None]
-        return codecs.join(whole, first.whole, software=sinks.software(first.row), strip_metadata=run.strip_metadata)
+        if first.row.status == "unchanged" and first.row.format != "TIFF":  # of which each page has metadata
+            assert first.picture is not None and first.row.format is not None
+            whole = replace(first.picture, format=first.row.format, orientation=first.row.orientation)
+            return codecs.without_metadata(first.whole, picture=whole)
+        done = [part for part in parts if part is not None]
+        return codecs.join(done, first.whole, software=sinks.software(first.row), strip_metadata=run.strip_metadata)
     return None
 
 
@@ -405,7 +415,7 @@ ITEM_SCHEMA = pa.schema(
     [
         *manifest.SCHEMA,
         pa.field("frame", pa.int32()),
-        pa.field("left_out", pa.int32()),
+        pa.field("picture", pa.string()),  # all but its arrays, as JSON
         pa.field("source", pa.large_binary()),
         pa.field("pixels", pa.large_binary()),
         pa.field("alpha", pa.large_binary()),
@@ -424,7 +434,7 @@ def items_to_table(items: list[Item]) -> pa.Table:
     pictures = [item.picture for item in items]
     columns = {
         "frame": pa.array([item.frame for item in items], pa.int32()),
-        "left_out": pa.array([None if p is None else p.left_out for p in pictures], pa.int32()),
+        "picture": pa.array([None if p is None else json.dumps(p.described()) for p in pictures], pa.string()),
         "source": column([item.source for item in items]),
         "pixels": column([None if p is None else p.pixels.tobytes() for p in pictures]),
         "alpha": column([None if p is None or p.alpha is None else p.alpha.tobytes() for p in pictures]),
@@ -442,22 +452,16 @@ def items_of_table(table: pa.Table) -> list[Item]:
     rows = manifest.rows_of(table.select(manifest.SCHEMA.names))
     columns = (table[name].to_pylist() for name in ITEM_SCHEMA.names[len(manifest.SCHEMA) :])
     items = []
-    for row, frame, left_out, source, pixels, alpha, native, restored, whole in zip(rows, *columns, strict=True):
+    for row, frame, described, source, pixels, alpha, native, restored, whole in zip(rows, *columns, strict=True):
         item = Item(row, source, whole=whole, frame=frame)
-        if pixels is not None:
-            assert row.height and row.width and row.format and row.mode
-            size = row.height, row.width
+        if described is not None:
+            fields = json.loads(described)
+            size = fields["height"], fields["width"]
             item.picture = codec.Picture(
+                **fields,
                 pixels=np.frombuffer(pixels, np.uint8).reshape(*size, 3),
-                format=row.format,
-                mode=row.mode,
-                width=row.width,
-                height=row.height,
                 alpha=None if alpha is None else np.frombuffer(alpha, np.uint8).reshape(size),
-                gray=row.mode in codec.GRAY_MODES,
-                orientation=row.orientation,
-                native=None if native is None else codec.native_from_bytes(native, row.mode, *size),
-                left_out=left_out,
+                native=None if native is None else codec.native_from_bytes(native, fields["mode"], *size),
             )
             if restored is not None:
                 item.restored = np.frombuffer(restored, np.uint8).reshape(*size, 3)

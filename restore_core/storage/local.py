@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import uuid
@@ -124,12 +125,18 @@ class LocalStorage:
                 temporary.replace(path)
 
     def write_if(self, key: str, data: bytes, version: str | None) -> str | None:
-        """See `Storage`. The old version is moved away, which only one succeeds in, before the new one is put there."""
+        """See `Storage`. Where folders cannot be locked (NFS) the old version is moved away first, which only one
+        succeeds in, and for a moment nothing is there."""
         with _os_errors("write", self.join(key)):
             path = self._path(key, "write")
-            with _temporary_file(path) as (temporary, file):
+            with _temporary_file(path) as (temporary, file), _locked(path.parent) as alone:
                 file.write(data)
                 file.close()
+                if version is not None and alone:
+                    if not path.exists() or _etag(path.stat()) != version:
+                        return None
+                    temporary.replace(path)
+                    return _etag(path.stat())
                 if version is not None and not _move_away(path, version):
                     return None
                 try:
@@ -225,6 +232,21 @@ def _temporary_file(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
             yield temporary, file
     finally:  # also on KeyboardInterrupt: leave no half a file behind
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Others wait meanwhile, also on other threads; False where the file system cannot do that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            alone = True
+        except OSError:
+            alone = False
+        yield alone
+    finally:
+        os.close(descriptor)
 
 
 def _temporary_name() -> str:

@@ -52,8 +52,8 @@ PASSING = (
 ARCHIVED = "InvalidObjectState"
 """Comes with status 403 too."""
 CLOCK = "RequestTimeTooSkewed"
-PROBE = ".restore-probe"
-"""The key of what is put and deleted to see whether both are allowed."""
+PROBE = "_restore/probe"
+"""The key of what is put and deleted to see whether both are allowed: no photograph's."""
 
 
 @dataclass(frozen=True)
@@ -411,17 +411,19 @@ def is_s3_object(bucket: str, key: str) -> bool:
 def _s3_exceptions() -> tuple[type[Exception], ...]:
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
+    from urllib3.exceptions import HTTPError  # of a body's connection, such as TLS that breaks: not all are translated
 
-    return BotoCoreError, ClientError, ResponseParserError, _CutShort
+    return BotoCoreError, ClientError, ResponseParserError, HTTPError, _CutShort
 
 
 def _passing(error: Exception, offline: bool) -> bool:
     """Whether the same request may well work a little later."""
     from botocore import exceptions
     from botocore.parsers import ResponseParserError
+    from urllib3.exceptions import HTTPError
 
     broken = (exceptions.IncompleteReadError, exceptions.ResponseStreamingError, exceptions.FlexibleChecksumError)
-    if isinstance(error, (*broken, ResponseParserError, _CutShort)):
+    if isinstance(error, (*broken, ResponseParserError, HTTPError, _CutShort)):
         return True
     if isinstance(error, (exceptions.ConnectionError, exceptions.HTTPClientError)):
         return offline

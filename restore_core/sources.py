@@ -180,8 +180,8 @@ def image_column(schema: pa.Schema, place: str = "a Parquet file") -> str:
     """
 
     def holds_bytes(kind: pa.DataType) -> bool:
-        if pa.types.is_struct(kind):
-            return bool(kind.get_field_index("bytes") >= 0)
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            kind = kind.field("bytes").type
         return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)  # type: ignore[no-any-return]
 
     candidates = [field.name for field in schema if holds_bytes(field.type)]
@@ -279,7 +279,7 @@ def read_split(storage: Storage, option: str, split: str, canvas: int, limit: in
     for key in parquet_files(storage, option):
         with open_parquet(storage, key, option) as file:
             columns = dataset_columns(file.schema_arrow, f"{option} {storage.join(key)}")
-            for batch in file.iter_batches(batch_size=64, columns=columns):
+            for batch in file.iter_batches(batch_size=min(64, limit), columns=columns):
                 parts.append(decode_rows(pa.table(batch), split, canvas))
                 if sum(map(len, parts)) >= limit:
                     return pa.concat_tables(parts)[:limit]
@@ -287,15 +287,44 @@ def read_split(storage: Storage, option: str, split: str, canvas: int, limit: in
 
 
 def count_split(storage: Storage, option: str, split: str) -> int:
-    """Rows of a split over all Parquet files; image bytes are read only where there is no column `split`."""
-    total = 0
-    for key in parquet_files(storage, option):
-        with open_parquet(storage, key, option) as file:
-            columns = dataset_columns(file.schema_arrow, f"{option} {storage.join(key)}")
-            if "split" in columns:
-                columns = ["split"]
-            total += sum(splits(pa.table(batch)).count(split) for batch in file.iter_batches(columns=columns))
+    """Rows of a split over all Parquet files; images are read only where there is no column `split` and no `key`.
+
+    Raises UsageError where training could not tell rows apart, or would take them from other columns than here.
+    """
+    total, first = 0, ""
+    common: list[str] = []
+    keys = [pa.array([], pa.string())]
+    for name in parquet_files(storage, option):
+        place = f"{option} {storage.join(name)}"
+        with open_parquet(storage, name, option) as file:
+            columns = dataset_columns(file.schema_arrow, place)
+            common, first = common or columns, first or name
+            if columns != common:
+                raise UsageError(
+                    f"{place}: of its columns {', '.join(columns)} would be taken, of those of {first} "
+                    f"{', '.join(common)}; name them alike, or move one away"
+                )
+            needed = [column for column in columns if column in ("key", "split")] or columns
+            for batch in file.iter_batches(2**16 if needed != columns else 64, columns=needed):
+                total += splits(pa.table(batch)).count(split)
+                if "key" in needed:
+                    keys.append(key_column(batch, place))
+    if (found := pa.chunked_array(keys)).null_count:
+        raise UsageError(f"{option} {storage.uri}: its column key has empty cells; fill them or leave the column out")
+    if len(counts := found.value_counts()) < len(found):
+        twice = next(count["values"] for count in counts.to_pylist() if count["counts"] > 1)
+        raise UsageError(f"{option} {storage.uri}: key {twice!r} occurs twice; make keys unique")
     return total
+
+
+def key_column(table: pa.Table | pa.RecordBatch, place: str) -> pa.Array:
+    """The column `key` as text. Raises UsageError that begins with `place`."""
+    column = table["key"]
+    try:
+        text = column.cast(pa.string())
+    except pa.ArrowException as error:
+        raise UsageError(f"{place}: its column key is {column.type}; make it text") from error
+    return text.combine_chunks() if isinstance(text, pa.ChunkedArray) else text
 
 
 def _fit(pixels: npt.NDArray[np.uint8], canvas: int) -> npt.NDArray[np.uint8]:
@@ -313,11 +342,12 @@ def _fit(pixels: npt.NDArray[np.uint8], canvas: int) -> npt.NDArray[np.uint8]:
 
 def read_list(path: Path, option: str) -> set[str]:
     """People named in a list such as LFW's `peopleDevTrain.txt`: one a line, a tab and a count may follow; a first line
-    that is only a number is skipped. Raises UsageError."""
+    that says how many others there are is skipped. Raises UsageError."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{option} {path}: cannot be read as text ({error})") from error
-    if lines and lines[0].strip().isdecimal():  # LFW's lists begin with their length
+    lines = [line for line in lines if line.strip()]
+    if lines and lines[0].strip() == str(len(lines) - 1):  # LFW's lists begin with their length
         lines = lines[1:]
-    return {line.split("\t")[0].strip() for line in lines if line.strip()}
+    return {line.split("\t")[0].strip() for line in lines}

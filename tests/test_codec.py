@@ -441,6 +441,50 @@ def test_what_follows_a_jpeg_stays(options: dict[str, object]) -> None:
     assert encode(first.pixels, several, picture=first, software=SOFTWARE).count(b"\xff\xd8\xff") == 1
 
 
+def test_what_follows_a_png_stays_behind_its_end() -> None:
+    source = image_of("PNG", "RGB")
+    picture = decode(source)
+    for tail in (bytes(512), source, b"some text"):
+        after = encode(255 - picture.pixels, source + tail, picture=picture, software=SOFTWARE)
+        assert after.removesuffix(tail) == encode(255 - picture.pixels, source, picture=picture, software=SOFTWARE)
+        assert after.endswith(b"IEND\xae\x42\x60\x82" + tail)
+        assert without_metadata(source + tail, picture=picture) == without_metadata(source, picture=picture)
+
+
+def test_chunks_of_a_png_that_name_its_old_pixels_go() -> None:
+    """As ISO 15948 has it of chunks that nobody knows: "unsafe to copy" says the case of the fourth letter."""
+    source = image_of("PNG", "RGB")
+    header = source[: 8 + 25]
+    extra = {b"iDOT": bytes(28), b"prVt": b"private", b"tIME": b"\x07\xea\x01\x02\x03\x04\x05"}
+    chunks = b"".join(
+        len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+        for kind, body in extra.items()
+    )
+    source = header + chunks + source[len(header) :]
+    after = encode(decode(source).pixels, source, picture=decode(source), software=SOFTWARE)
+    assert b"iDOT" not in after and b"private" in after and b"tIME" + extra[b"tIME"] in after
+
+
+def test_a_marker_without_a_length_does_not_hide_metadata() -> None:
+    file = file_of(Image.fromarray(random_pixels(7, 11, 3)), "JPEG", exif=exif_of_a_camera(6))
+    at = file.index(b"\xff\xe1")
+    source = file[:at] + b"\xff\xd0" + file[at:]
+    picture = decode(source)
+    assert picture.orientation == 6
+    bare = without_metadata(source, picture=picture)
+    assert b"Camera" not in bare and b"GPS" not in bare and np.array_equal(decode(bare).pixels, picture.pixels)
+    assert encode(picture.pixels, source + b"film", picture=picture, software=SOFTWARE).endswith(b"\xff\xd9film")
+
+
+def test_bytes_between_the_blocks_of_a_gif_do_not_end_it() -> None:
+    source = image_of("GIF", "P")
+    start = 13 + 3 * 2 ** ((source[10] & 7) + 1)
+    odd = source[:start] + b"\0" + source[start:]
+    picture = decode(odd)
+    assert np.array_equal(picture.pixels, decode(source).pixels)
+    assert without_metadata(odd, picture=picture) == without_metadata(source, picture=picture)
+
+
 def test_metadata_of_a_bare_photograph_is_nothing_to_take_away() -> None:
     for name in ("JPEG", "WEBP", "BMP"):
         source = image_of(name, "RGB")

@@ -23,6 +23,7 @@ from restore_core.errors import UsageError
 from restore_core.inference import Restorer
 from restore_core.metrics import psnr
 from restore_core.pipelines import cluster, evaluation
+from restore_core.report.quality import _diagnosis_table
 from restore_core.storage import open_storage
 from tests.photos import encoded, pixels, write_tree
 
@@ -228,6 +229,10 @@ def test_diagnoses_are_scored() -> None:
     assert found["sigma"]["auc"] == pytest.approx(np.mean(pairs))
     assert found["sigma"]["mean_error"] == pytest.approx(np.mean([5, 24.9, 1, 0, 0.2, 0.1, 0.3, 0, 0]))
     assert (found["gray"]["auc"], found["gray"]["mean_error"]) == (1.0, None)
+    noisy = [row | {"damage": damage} for row, damage in zip(rows[:2], ("noise_25", "noise_50"), strict=True)]
+    (only,) = evaluation.diagnosis(noisy, "m")  # there are none without
+    assert (only["kind"], only["auc"], only["mean_error"]) == ("sigma", None, pytest.approx((25 + 49.8) / 2))
+    assert _diagnosis_table([only], [48])[-1] == "| sigma, of 255 | 37.40 |"
 
 
 def test_what_cannot_be_evaluated_is_refused(

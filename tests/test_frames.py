@@ -3,6 +3,7 @@
 import io
 import re
 import struct
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -324,6 +325,22 @@ def test_small_files_that_unfold_to_much_are_counted(tmp_path: Path, small_model
         max_pixels=10**8, strip_metadata=False,
     )  # fmt: skip
     row = Row(key="a", size=len(source), etag="e", model="m", options="o", run_id="r")
+    small = io.BytesIO()
+    Image.new("L", (64, 64)).save(small, "JPEG")
+    at = small.getvalue().index(b"\xff\xc0") + 5
+    cut_off = small.getvalue()[:at] + struct.pack(">HH", 4000, 4000) + small.getvalue()[at + 4 :]
     with Processes(1, max_pixels=10**8) as codecs, ThreadPoolExecutor(1) as pool:
-        items = [stages.Item(row, source) for _ in range(5)]
-        assert [len(group) for group in stages.groups(items, run, codecs, pool)] == [2, 2, 1]
+        for data in (source, cut_off):
+            items = [stages.Item(row, data) for _ in range(5)]
+            assert [len(group) for group in stages.groups(items, run, codecs, pool)] == [2, 2, 1]
+
+
+def test_a_damaged_frame_of_an_animated_png_is_not_taken_for_whole() -> None:
+    source = bytearray(saved(pictures(), "PNG"))
+    at = source.index(b"IDAT")
+    size = int.from_bytes(source[at - 4 : at], "big")
+    middle = at + 4 + size // 2
+    source[middle : middle + 40] = bytes(40)
+    source[at + 4 + size : at + 8 + size] = zlib.crc32(source[at : at + 4 + size]).to_bytes(4, "big")
+    with pytest.raises(ItemError, match=r"decode: the file is damaged|truncated: the file is cut off"):
+        decode_frames(bytes(source), max_pixels=10**6, frames="all")

@@ -243,6 +243,8 @@ def test_people_whose_names_are_numbers(tmp_path: Path) -> None:
     path = tmp_path / "people.txt"
     path.write_text("2\n0000045\n0000099\n")
     assert read_list(path, "--val-list") == {"0000045", "0000099"}
+    path.write_text("0000001\n0000045\n\n0000099\n")  # without their number
+    assert read_list(path, "--val-list") == {"0000001", "0000045", "0000099"}
 
 
 # --- Parquet ---------------------------------------------------------------------------------------------------------
@@ -390,13 +392,41 @@ def test_rows_that_do_not_decode_are_left_out() -> None:
 def test_read_split_takes_the_first_of_a_split_over_all_files(place: Storage) -> None:
     for shard in range(3):
         files = {f"p{shard}/{number}.jpg": encoded(10 * shard + number) for number in range(4)}
-        rows = pa.concat_tables([dataset(files, "val"), dataset({"t/0.jpg": encoded(99)})])
+        rows = pa.concat_tables([dataset(files, "val"), dataset({f"t/{shard}.jpg": encoded(99)})])
         store(place, f"shard-{shard}.parquet", rows)
     keys = [f"p{shard}/{number}.jpg" for shard in range(3) for number in range(4)]
     assert read_split(place, "--data", "val", 32, limit=100)["key"].to_pylist() == keys
     assert read_split(place, "--data", "val", 32, limit=6)["key"].to_pylist() == keys[:6]
     assert len(read_split(place, "--data", "test", 32, limit=6)) == 0
     assert [count_split(place, "--data", split) for split in ("train", "val", "test")] == [3, 12, 0]
+
+
+def test_rows_that_training_would_confuse_are_refused(place: Storage) -> None:
+    def refusal() -> str:
+        with pytest.raises(UsageError) as caught:
+            count_split(place, "--data", "train")
+        return str(caught.value)
+
+    ours = dataset({f"a/{n}.jpg": encoded(n) for n in range(3)})
+    store(place, "b.parquet", ours)
+    assert count_split(place, "--data", "train") == 3
+    store(place, "a.parquet", hugging_face([encoded(1)]))  # whose columns would be taken of all files
+    assert refusal() == (
+        f"--data {place.join('b.parquet')}: of its columns key, split, image would be taken, of those of a.parquet "
+        "image; name them alike, or move one away"
+    )
+    store(place, "a.parquet", ours.slice(2))
+    assert refusal() == f"--data {place.uri}: key 'a/2.jpg' occurs twice; make keys unique"
+    keys = pa.array([None, "x"], pa.string())
+    schema = pa.schema([field.with_nullable(True) for field in ours.schema])
+    store(place, "a.parquet", ours.slice(1).cast(schema).set_column(0, schema.field(0), keys))
+    assert refusal() == f"--data {place.uri}: its column key has empty cells; fill them or leave the column out"
+
+
+def test_sizes_are_no_images() -> None:
+    cells = pa.array([{"bytes": 7, "name": "a"}])
+    with pytest.raises(UsageError, match="its columns are image; name the one of encoded images"):
+        image_column(pa.table({"image": cells}).schema)
 
 
 def test_counting_does_not_read_the_images_where_there_is_a_split(place: Storage) -> None:

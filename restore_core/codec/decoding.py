@@ -114,9 +114,10 @@ def decode_frames(data: bytes, *, max_pixels: int, frames: Frames = "refuse") ->
         image = open_header(data, max_pixels=max_pixels)
         with _decoding(data):
             if getattr(image, "n_frames", 1) > 1:
-                if not isinstance(image, TiffImageFile):
-                    holder = Holder(image.format or "", image.mode, _orientation(image))
+                mode = image.mode  # which going through the frames may change
                 parts = split(image, data, max_pixels)
+                if not isinstance(image, TiffImageFile):  # not before: of PNG it decodes the first frame
+                    holder = Holder(image.format or "", mode, _orientation(image))
     if not parts:
         return [Frame(decode(data, max_pixels=max_pixels, frames=frames))]
     total = sum(_weighed(open_header(part, max_pixels=max_pixels), part) for part in parts)

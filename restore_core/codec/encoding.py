@@ -225,11 +225,12 @@ def _jpeg_segments(source: bytes) -> tuple[list[tuple[int, int]], int]:
     """Where each segment begins and ends, and where the picture does; scans reach up to the next marker."""
     found, at = [], 2
     while at + 4 <= len(source) and source[at : at + 2] != _JPEG_END:
-        if source[at] != 0xFF or source[at + 1] in (0, 0xFF):  # decoders pass over it
+        code = source[at + 1]
+        if source[at] != 0xFF or code in (0, 1, 0xFF) or 0xD0 <= code <= 0xD8:  # decoders pass over it
             at += 1
             continue
         end = at + 2 + int.from_bytes(source[at + 2 : at + 4], "big")
-        if source[at + 1] == 0xDA:  # start of scan: coded pixels follow
+        if code == 0xDA:  # start of scan: coded pixels follow
             marker = _JPEG_MARKER.search(source, end)
             end = marker.start() if marker else len(source)
         found.append((at, end))
@@ -385,6 +386,8 @@ def _webp_pixels(webp: bytes | bytearray) -> int:
 
 
 _PNG_LAYOUT = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"hIST", b"acTL", b"fcTL", b"fdAT", b"eXIf")
+_PNG_TRUE = (b"tIME", b"pCAL", b"mDCV", b"cLLI")
+"""What stays true of restored pixels."""
 _PNG_PIXELS = (b"IDAT", b"acTL", b"fcTL", b"fdAT")
 _PNG_COLOUR = (b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP", b"sBIT", b"pHYs")
 
@@ -433,22 +436,24 @@ def _png_like(source: bytes, new: list[png.Chunk], transparency: list[png.Chunk]
     old = list(png.chunks(source))
     first = next(index for index, (kind, _) in enumerate(old) if kind == b"IDAT")
     before = [chunk for chunk in old[:first] if _is_kept(chunk[0], strip)]
-    return png.joined(
-        [
-            new[0],
-            *before,
-            *([(b"eXIf", block)] if block else []),
-            *(chunk for chunk in new[1:-1] if chunk[0] in (b"PLTE", b"tRNS")),
-            *transparency,
-            *(chunk for chunk in new[1:-1] if chunk[0] in _PNG_PIXELS),
-            *(chunk for chunk in old[first:] if _is_kept(chunk[0], strip)),
-            (b"IEND", b""),
-        ],
-    )
+    end = len(png.SIGNATURE) + sum(12 + len(body) for _, body in old)
+    following = b"" if strip or old[-1][0] != b"IEND" else source[end:]
+    chunks = [
+        new[0],
+        *before,
+        *([(b"eXIf", block)] if block else []),
+        *(chunk for chunk in new[1:-1] if chunk[0] in (b"PLTE", b"tRNS")),
+        *transparency,
+        *(chunk for chunk in new[1:-1] if chunk[0] in _PNG_PIXELS),
+        *(chunk for chunk in old[first:] if _is_kept(chunk[0], strip)),
+        (b"IEND", b""),
+    ]
+    return png.joined(chunks) + following
 
 
 def _is_kept(kind: bytes, strip: bool) -> bool:
-    return kind not in _PNG_LAYOUT and (kind in _PNG_COLOUR or not strip)
+    safe = kind[3:4].islower() or kind in _PNG_TRUE  # to copy beside other pixels, as the chunk itself says
+    return kind not in _PNG_LAYOUT and (kind in _PNG_COLOUR or (safe and not strip))
 
 
 def _values(pixels: Pixels, picture: Picture, depth: int) -> Native:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-_EXTENSION, _IMAGE = 0x21, 0x2C
+_EXTENSION, _IMAGE, _END = 0x21, 0x2C, 0x3B
 _APPLICATION, _CONTROL = 0xFF, 0xF9
 _PROFILE = b"ICCRGBG1012"
 _XMP = b"XMP DataXMP"
@@ -33,7 +33,10 @@ def _start(gif: bytes) -> int:
 def _blocks(gif: bytes) -> Iterator[tuple[int, bytes, bytes]]:
     """Kind of each block (20 to 26: an image, or the label of an extension), its application's name, and all of it."""
     at = _start(gif)
-    while at + 1 < len(gif) and gif[at] in (_EXTENSION, _IMAGE):
+    while at + 1 < len(gif) and gif[at] != _END:
+        if gif[at] not in (_EXTENSION, _IMAGE):  # decoders pass over it
+            at += 1
+            continue
         start, kind, name = at, gif[at], b""
         if kind == _IMAGE:  # its descriptor, colours and first code size; the coded pixels follow in pieces
             at += 10

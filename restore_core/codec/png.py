@@ -10,10 +10,12 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def chunks(png: bytes) -> Iterator[Chunk]:
-    at = len(SIGNATURE)
-    while at + 12 <= len(png):
+    """Up to the one that ends the picture, whatever follows that."""
+    at, kind = len(SIGNATURE), b""
+    while at + 12 <= len(png) and kind != b"IEND":
         size = int.from_bytes(png[at : at + 4], "big")
-        yield png[at + 4 : at + 8], png[at + 8 : at + 8 + size]
+        kind = png[at + 4 : at + 8]
+        yield kind, png[at + 8 : at + 8 + size]
         at += size + 12
 
 

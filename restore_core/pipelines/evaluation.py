@@ -318,7 +318,7 @@ def diagnosis(rows: list[Row], model: str) -> list[Row]:
 
     `mean_error` is the mean absolute difference between what it says and what was done (sigma of 255; shares of the
     pixels), over all damages; not for gray, which is yes or no. `auc` is the area under the ROC curve: the probability
-    that a photograph with the damage gets a higher value than one without it.
+    that a photograph with the damage gets a higher value than one without it; None where there are none without.
     """
     result = []
     for size in dict.fromkeys(row["size"] for row in rows):
@@ -329,7 +329,8 @@ def diagnosis(rows: list[Row], model: str) -> list[Row]:
             if len(mine) == 0 or np.isnan(said).any() or done.min() == done.max():
                 continue
             error = None if kind == "gray" else float(np.abs(said - done).mean())
-            result.append({"size": size, "kind": kind, "mean_error": error, "auc": _auc(said, done > 0)})
+            auc = _auc(said, done > 0) if not done.all() else None
+            result.append({"size": size, "kind": kind, "mean_error": error, "auc": auc})
     return result
 
 

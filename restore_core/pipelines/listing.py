@@ -206,12 +206,8 @@ def _row_groups(storage: Storage, files: list[Object]) -> Iterator[RowGroup]:
             for group in range(file.num_row_groups):
                 count = file.metadata.row_group(group).num_rows
                 if keyed:
-                    column = file.read_row_group(group, columns=["key"])["key"]
-                    try:
-                        keys = column.cast(pa.string()).combine_chunks()
-                    except pa.ArrowException as error:
-                        place = f"--input {storage.join(item.key)}"
-                        raise UsageError(f"{place}: its column key is {column.type}; make it text") from error
+                    place = f"--input {storage.join(item.key)}"
+                    keys = sources.key_column(file.read_row_group(group, columns=["key"]), place)
                 else:
                     keys = pa.array([f"{item.key}#{first + row}" for row in range(count)], pa.string())
                 first += count

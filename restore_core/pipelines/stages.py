@@ -36,9 +36,6 @@ GROUP_PIXELS = 2**25
 """Decoded at once in a process, in pixels of about ten bytes; one larger picture is a group of its own."""
 READ_BYTES = 2**20
 """Of a Parquet file's columns at once."""
-SMALL_FILE_BYTES = 2**14
-"""A JPEG of so few has six million pixels at the most: a unit of these is not measured first. 16 million pixels of one
-colour are 678 bytes of WebP."""
 OTHERS_LEFT_OUT = "the others are left out"
 STAGE_SECONDS = 900
 """Longer than a unit's files may take to be fetched and decoded, or encoded and written, retries included."""
@@ -139,8 +136,6 @@ def groups(items: list[Item], run: RestoreRun, codecs: codec.Processes, pool: Ex
 
 def _pixel_count(item: Item, run: RestoreRun, codecs: codec.Processes) -> int:
     if not item.open or item.source is None:
-        return 0
-    if len(item.source) <= SMALL_FILE_BYTES and item.source.startswith(b"\xff\xd8\xff"):
         return 0
     try:
         return codecs.pixel_count(item.source, frames=run.frames)

@@ -56,8 +56,8 @@ def _diagnosis_table(rows: list[dict[str, Any]], sizes: list[int]) -> list[str]:
         cells = []
         for size in sizes:
             error, auc = (found[size]["mean_error"], found[size]["auc"]) if size in found else (None, None)
-            shown = "" if error is None else f"{error if kind == 'sigma' else 100 * error:.2f} "
-            cells.append("" if auc is None else f"{shown}({auc:.3f})")
+            shown = [] if error is None else [f"{error if kind == 'sigma' else 100 * error:.2f}"]
+            cells.append(" ".join(shown if auc is None else [*shown, f"({auc:.3f})"]))
         lines.append(f"| {names.get(kind, kind)} | " + " | ".join(cells) + " |")
     return lines
 

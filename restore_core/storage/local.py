@@ -125,15 +125,15 @@ class LocalStorage:
                 temporary.replace(path)
 
     def write_if(self, key: str, data: bytes, version: str | None) -> str | None:
-        """See `Storage`. Where folders cannot be locked (NFS) the old version is moved away first, which only one
-        succeeds in, and for a moment nothing is there."""
+        """See `Storage`. Leaves a file KEY.lock. Where files cannot be locked, the old version is moved away first,
+        which only one succeeds in, and for a moment nothing is there."""
         with _os_errors("write", self.join(key)):
             path = self._path(key, "write")
-            with _temporary_file(path) as (temporary, file), _locked(path.parent) as alone:
+            with _temporary_file(path) as (temporary, file), _locked(path) as alone:
                 file.write(data)
                 file.close()
                 if version is not None and alone:
-                    if not path.exists() or _etag(path.stat()) != version:
+                    if _stored_version(path) != version:
                         return None
                     temporary.replace(path)
                     return _etag(path.stat())
@@ -235,18 +235,26 @@ def _temporary_file(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Others wait meanwhile, also on other threads; False where the file system cannot do that."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+def _locked(path: Path) -> Iterator[bool]:
+    """Others wait meanwhile, on other machines and threads too; False where the file system cannot do that.
+
+    Not the folder, which NFS would lock on this machine alone.
+    """
+    with path.with_name(f"{path.name}.lock").open("ab") as file:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX)
             alone = True
         except OSError:
             alone = False
         yield alone
-    finally:
-        os.close(descriptor)
+
+
+def _stored_version(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:  # NFS asks its server on opening; a name's own times it remembers for seconds
+            return _etag(os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return None
 
 
 def _temporary_name() -> str:

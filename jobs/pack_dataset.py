@@ -27,7 +27,8 @@ class PackDataset:
     test_share: float = 0.0
     """Share of the people whose photographs are held out for a final test, 0 to 1."""
     train_list: Path | None = None
-    """People who are in train whatever the shares say: a text file, a name a line (LFW's peopleDevTrain.txt)."""
+    """People who are in train whatever the shares say: a text file, a name a line (LFW's peopleDevTrain.txt). A
+    first line that is the number of the others is no name."""
     val_list: Path | None = None
     """The same for val."""
     test_list: Path | None = None

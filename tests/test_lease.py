@@ -324,6 +324,15 @@ def test_conditional_writes(output: Storage, monkeypatch: pytest.MonkeyPatch, lo
     assert not list(output.unfinished())
 
 
+def test_a_lock_does_not_lead_out_of_the_output(tmp_path: Path) -> None:
+    output = LocalStorage(tmp_path / "out")
+    (tmp_path / "out/_restore").mkdir(parents=True)
+    (tmp_path / "out" / f"{KEY}.lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ItemError, match="cannot write"):
+        output.write_if(KEY, b"1", None)
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def _raise_not_supported(*_: object) -> None:
     raise OSError(95, "Operation not supported")
 

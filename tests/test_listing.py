@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from restore_core import storage
+from restore_core import manifest, storage
 from restore_core.errors import StorageError, UsageError
 from restore_core.manifest import Row
 from restore_core.pipelines.listing import Listed, list_input, object_units
@@ -159,9 +159,13 @@ class Keys:
     """A storage that does nothing but list, key after key."""
 
     uri = "s3://many"
+    only = None
 
     def __init__(self, keys: Iterator[str]) -> None:
         self.keys = keys
+
+    def join(self, key: str) -> str:
+        return f"{self.uri}/{key}"
 
     def list(self, prefix: str = "", after: str = "") -> Iterator[Object]:
         return (Object(key, 1, "e") for key in self.keys if key > after)
@@ -251,6 +255,36 @@ def test_a_listing_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pyt
     last.clear()
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
     assert [item.key for item in last] == changed
+
+
+@pytest.mark.parametrize("deleted", [0, 1, 2, 5, 8])
+def test_notes_that_are_half_deleted_are_the_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deleted: int
+) -> None:
+    monkeypatch.setattr("restore_core.pipelines.listing.NOTED_OBJECTS", 2)
+    monkeypatch.setattr(manifest.ledger, "SMALL_FILES", 3)
+    monkeypatch.setattr(manifest.ledger, "FILE_ROWS", 4)
+    keys = [f"{index:03d}.jpg" for index in range(60)]
+    output = open_storage(str(tmp_path))
+    listed = Listed(Keys(iter(keys)), output, "run-1", resume=False)  # type: ignore[arg-type]
+    listed.begin()
+    assert [item.key for item, _ in zip(listed, range(50), strict=False)] == keys[:50]
+    left = deleted
+    delete = LocalStorage.delete
+
+    def interrupted(self: LocalStorage, key: str) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        delete(self, key)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(LocalStorage, "delete", interrupted)
+        Listed(Keys(iter(keys)), output, "run-2", resume=False).begin()  # type: ignore[arg-type]
+    resumed = Listed(Keys(iter(keys)), output, "run-3", resume=True)  # type: ignore[arg-type]
+    resumed.begin()
+    assert [item.key for item in resumed] == keys
 
 
 def test_what_is_listed_before_the_run_begins_is_noted_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

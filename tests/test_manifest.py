@@ -146,6 +146,19 @@ def test_large_ledgers_are_merged_into_several_files(tmp_path: Path, monkeypatch
     assert manifest.rows_of(Ledger(LocalStorage(tmp_path), "next").latest()) == rows
 
 
+def test_a_damaged_file_is_named_and_others_notes_are_not_read(tmp_path: Path) -> None:
+    ledger = Ledger(LocalStorage(tmp_path), "run")
+    ledger.append([row("a")])
+    (tmp_path / "_restore/manifest/.DS_Store").write_bytes(b"a desktop's")
+    assert ledger.latest()["key"].to_pylist() == ["a"]
+    for damage in (b"", b"PAR1", files_of(tmp_path)[0].read_bytes()[:-9]):
+        (tmp_path / "_restore/manifest/x.parquet").write_bytes(damage)
+        with pytest.raises(
+            StorageError, match=r"read: .*/_restore/manifest/x\.parquet is damaged \(.*\); move it away"
+        ):
+            ledger.latest()
+
+
 class Interrupted(Exception):
     pass
 

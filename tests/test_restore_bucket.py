@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,7 @@ from restore_core.config import ResidualUNetConfig
 from restore_core.errors import StorageError, UsageError
 from restore_core.manifest import Row
 from restore_core.model import build
+from restore_core.pipelines import cluster
 from restore_core.pipelines.listing import Listed
 from restore_core.storage import LocalStorage, Object, open_storage
 
@@ -498,8 +499,23 @@ def test_waves_make_no_difference(
     from restore_core.pipelines import restoration
 
     monkeypatch.setattr(restoration, "WAVE_OBJECTS", 25)
+    wave, processes, waves = restoration._restore_wave, cluster.processes, []
+
+    def one_after_the_other(*arguments: Any) -> None:
+        waves.append(arguments)
+        wave(*arguments)
+
+    def with_a_node_that_is_lost(device: Literal["cpu", "cuda"], wanted: int | None) -> int:
+        if waves and wanted is not None:
+            raise UsageError(f"--workers {wanted}: the cluster has 1 CPU")
+        return 1 if waves else processes(device, wanted)
+
+    monkeypatch.setattr(restoration, "_restore_wave", one_after_the_other)
+    monkeypatch.setattr(cluster, "processes", with_a_node_that_is_lost)
     source, output = tree[0], tmp_path / "out"
-    assert run(source, output, max_megapixels=0.1, batch_size=4) == 0
+    assert run(source, output, max_megapixels=0.1, batch_size=4, workers="2") == 0
+    assert len(waves) == 3
+    waves.clear()
     assert_closed(output, set(TREE))
     assert files_of(output) == files_of(tree[1])
     pages = [(place / "_restore/report.html").read_text() for place in (output, tree[1])]
@@ -818,6 +834,25 @@ def test_our_own_dataset_comes_back_with_other_images(tmp_path: Path, run: Run) 
     assert [part.name for part in (tmp_path / "out").glob("*.parquet")] == ["train-00000.parquet"], "rows are doubled"
     assert pq.read_table(tmp_path / "out/train-00000.parquet")["key"].to_pylist() == table["key"].to_pylist()
     assert ledger_of(tmp_path / "out").keys() == rows.keys()
+
+
+def test_renamed_files_of_a_dataset_do_not_cost_each_other(tmp_path: Path, run: Run) -> None:
+    table = dataset_table(4)
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    pq.write_table(table.slice(0, 2), source / "part-0.parquet")
+    assert run(source, output) == 0
+    (source / "part-0.parquet").rename(source / "part-1.parquet")  # the same version of it
+    pq.write_table(table.slice(2), source / "part-0.parquet")
+    assert run(source, output) == 0
+    assert {key: row.output_key for key, row in ledger_of(output).items()} == {
+        key: f"part-{1 - index // 2}.parquet" for index, key in enumerate(table["key"].to_pylist())
+    }
+    assert verify_bucket.main(verify_bucket.VerifyBucket(input=str(source), output=str(output))) == 0
+    (source / "part-0.parquet").rename(source / "b.parquet")
+    assert run(source, output) == 0
+    assert sorted(path.name for path in output.glob("*.parquet")) == ["b.parquet", "part-1.parquet"]
+    assert verify_bucket.main(verify_bucket.VerifyBucket(input=str(source), output=str(output))) == 0
 
 
 def test_the_hugging_face_layout_passes_through(tmp_path: Path, run: Run) -> None:

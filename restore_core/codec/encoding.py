@@ -386,7 +386,7 @@ def _webp_pixels(webp: bytes | bytearray) -> int:
 
 
 _PNG_LAYOUT = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"hIST", b"acTL", b"fcTL", b"fdAT", b"eXIf")
-_PNG_TRUE = (b"tIME", b"pCAL", b"mDCV", b"cLLI")
+_PNG_TRUE = (b"tIME", b"bKGD", b"pCAL", b"sCAL", b"sTER", b"mDCV", b"cLLI")
 """What stays true of restored pixels."""
 _PNG_PIXELS = (b"IDAT", b"acTL", b"fcTL", b"fdAT")
 _PNG_COLOUR = (b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP", b"sBIT", b"pHYs")
@@ -433,11 +433,11 @@ def _encode_png(
 
 def _png_like(source: bytes, new: list[png.Chunk], transparency: list[png.Chunk], block: bytes, strip: bool) -> bytes:
     """The new file's pixels among the source's ancillary chunks, byte for byte."""
-    old = list(png.chunks(source))
+    has_palette = any(kind == b"PLTE" for kind, _ in new)  # another one, of which a background would name a colour
+    old = [chunk for chunk in png.chunks(source) if not (chunk[0] == b"bKGD" and has_palette)]
     first = next(index for index, (kind, _) in enumerate(old) if kind == b"IDAT")
     before = [chunk for chunk in old[:first] if _is_kept(chunk[0], strip)]
-    end = len(png.SIGNATURE) + sum(12 + len(body) for _, body in old)
-    following = b"" if strip or old[-1][0] != b"IEND" else source[end:]
+    following = b"" if strip else png.following(source)
     chunks = [
         new[0],
         *before,

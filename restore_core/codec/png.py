@@ -19,6 +19,13 @@ def chunks(png: bytes) -> Iterator[Chunk]:
         at += size + 12
 
 
+def following(png: bytes) -> bytes:
+    """What follows the end of the picture."""
+    found = list(chunks(png))
+    end = len(SIGNATURE) + sum(12 + len(body) for _, body in found)
+    return png[end:] if found[-1][0] == b"IEND" else b""
+
+
 def joined(chunks: Iterable[Chunk]) -> bytes:
     return SIGNATURE + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks

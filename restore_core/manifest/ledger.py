@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from restore_core.errors import ItemError, StorageError
 from restore_core.manifest.rows import FOLDER, SCHEMA, Row, table_of
-from restore_core.storage import Object, Storage
+from restore_core.storage import Object, Storage, one_line
 
 FILE_ROWS = 25_000
 """Of a merged file; about 4 MB, which is held of each stream of them while many are read together."""
@@ -76,8 +76,8 @@ class Ledger:
         return self._merge(self._found(), self._generation(), choose)
 
     def clear(self) -> None:
-        """Delete all rows. Raises ItemError."""
-        for item in list(self._files.list()):
+        """Delete all rows, the last ones first, so that an interruption leaves the beginning. Raises ItemError."""
+        for item in sorted(self._files.list(), key=_place, reverse=True):
             self._files.delete(item.key)
 
     def _count(self, stream: str, level: int) -> None:
@@ -96,7 +96,8 @@ class Ledger:
         """Files that follow each other in the order of their rows, as streams."""
         streams: dict[str, list[Object]] = defaultdict(list)
         for item in self._files.list():
-            streams[_stream(item)].append(item)
+            if item.key.endswith(".parquet"):  # no other program's notes
+                streams[_stream(item)].append(item)
         return list(streams.values())
 
     def _generation(self) -> str:
@@ -147,9 +148,16 @@ class Ledger:
                 data, _ = self._files.read_version(item)
             except ItemError as error:
                 raise StorageError(f"the ledger cannot be read: {error.message}") from error
-            file = pq.ParquetFile(pa.BufferReader(data))
-            for group in range(file.num_row_groups):
-                yield file.read_row_group(group, columns)
+            try:
+                file = pq.ParquetFile(pa.BufferReader(data))
+                for group in range(file.num_row_groups):
+                    yield file.read_row_group(group, columns)
+            except (pa.ArrowException, OSError) as error:
+                place = self._files.join(item.key)
+                raise StorageError(
+                    f"the ledger cannot be read: {place} is damaged ({one_line(str(error))}); move it away, and what "
+                    "it tells of is done again"
+                ) from error
 
     def _write(self, key: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()
@@ -158,6 +166,12 @@ class Ledger:
             self._files.write(key, sink.getvalue().to_pybytes())
         except ItemError as error:
             raise StorageError(f"the ledger cannot be written: {error.message}") from error
+
+
+def _place(item: Object) -> tuple[str, int]:
+    """Sorts files in the order in which their rows were appended."""
+    part = _PART.fullmatch(item.key)
+    return (part[2], int(part[1])) if part else (item.key.removesuffix(".parquet"), 0)
 
 
 def _stream(item: Object) -> str:

@@ -217,11 +217,11 @@ def pick_device(device: Device) -> Literal["cpu", "cuda"]:
             f"start the head with {GROWS_TO} where nodes are added on demand"
         )
     found: Literal["cpu", "cuda"] = "cuda" if device == "cuda" or (device == "auto" and gpus) else "cpu"
-    _await_node(found)
+    await_node(found)
     return found
 
 
-def _await_node(device: Literal["cpu", "cuda"]) -> None:
+def await_node(device: Literal["cpu", "cuda"]) -> None:
     """A task that cannot run yet is what lets Ray start a node; nothing is left of it if this process ends."""
     name = "GPU" if device == "cuda" else "CPU"
     if ray.cluster_resources().get(name, 0) >= 1:

@@ -120,7 +120,7 @@ class Listed:
     """
 
     def __init__(self, storage: Storage, output: Storage, run_id: str, *, resume: bool) -> None:
-        place = hashlib.sha256(storage.uri.encode()).hexdigest()[:16]
+        place = hashlib.sha256(storage.join(storage.only or "").encode()).hexdigest()[:16]
         self._ledger = Ledger(output, run_id, folder=f"listed/{place}")
         self._storage = storage
         self._resume = resume

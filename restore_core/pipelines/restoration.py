@@ -29,7 +29,7 @@ import torch
 from restore_core import codec, manifest, provenance, sources
 from restore_core.checkpoint import ModelFolder
 from restore_core.config import KINDS, Kind, Precision
-from restore_core.errors import ItemError
+from restore_core.errors import ItemError, UsageError
 from restore_core.inference import check_repair
 from restore_core.lease import Lease
 from restore_core.manifest import Found, Ledger, Overview, Retry, Row
@@ -309,12 +309,12 @@ def _restore(
         listing, ledger, begun, output, model.sha256, options.identity(), options.retry, account, overview, run_id
     )
     started = time.perf_counter()
-    stopped, max_pixels = None, options.max_pixels
+    stopped: str | None = None
+    run: RestoreRun | None = None
     try:
         for wave in work.waves():
             logger.info("%d objects listed, %d of them left to do", account.listed, account.total)
-            run, actors = _plan(input, output, model, options)
-            max_pixels = run.max_pixels
+            run, actors = _plan(input, output, model, options, run.device if run else None)
             # Before their outputs are overwritten: were the driver killed between that and the new row, and the next
             # run told the options of the old one, the old row would be believed.
             now = datetime.now(UTC)
@@ -324,6 +324,10 @@ def _restore(
             del wave  # before the next one is made
     except Stopped as verdict:
         stopped = str(verdict)
+    except UsageError as error:
+        if run is None:
+            raise
+        stopped = f"{error}; the same command goes on from here"  # the cluster has become another
     except KeyboardInterrupt:
         stopped = INTERRUPTED
     if stopped:
@@ -342,7 +346,11 @@ def _restore(
         "run_id": run_id,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
-        "options": {**asdict(options), "max_pixels": max_pixels, "retry": sorted(options.retry.classes)},
+        "options": {
+            **asdict(options),
+            "max_pixels": run.max_pixels if run else options.max_pixels,
+            "retry": sorted(options.retry.classes),
+        },
         "model": {"name": model.name, "sha256": model.sha256},
         "versions": provenance.versions(),
         "listed": account.listed,
@@ -442,9 +450,12 @@ class _Work:
         old = np.zeros(len(groups.order), bool)
         to_do = np.zeros(len(groups.groups), bool)
         for row, found in zip(groups.order, self._found(self.listing), strict=True):
+            place = groups.group_of(row)
             old[row] = found.row is not None
             attempts[row] = found.attempt or (found.row.attempt + 1 if found.row else 1)
-            to_do[groups.group_of(row)] |= found.attempt is not None
+            # What lies at an output's place may be another group's by now: files that were renamed, say.
+            moved = found.row and found.row.output_key not in (None, groups.groups[place].output_key)
+            to_do[place] |= found.attempt is not None or bool(moved)
         for row, found in zip(groups.order, self._found(Input(groups.objects(), groups)), strict=True):
             if not to_do[groups.group_of(row)]:
                 assert found.row is not None
@@ -484,9 +495,18 @@ def _actors(options: RestoreOptions) -> tuple[Literal["cpu", "cuda"], int]:
     return device, cluster.processes(device, options.workers)
 
 
-def _plan(input: Storage, output: Storage, model: ModelFolder, options: RestoreOptions) -> tuple[RestoreRun, int]:
-    """What the workers are told, and how many there are, on the cluster as it is now."""
-    device, actors = _actors(options)
+def _plan(
+    input: Storage, output: Storage, model: ModelFolder, options: RestoreOptions, device: Literal["cpu", "cuda"] | None
+) -> tuple[RestoreRun, int]:
+    """What the workers are told, and how many there are, on the cluster as it is now.
+
+    `device` is that of the waves before: nodes may be away for a moment, and all photographs go the same way.
+    """
+    if device is None:
+        device, actors = _actors(options)
+    else:
+        cluster.await_node(device)
+        actors = max(1, min(options.workers or MOST_ACTORS, cluster.processes(device, None)))
     cpus, _ = cluster.resources()
     run = RestoreRun(
         input=input,
@@ -562,7 +582,9 @@ def _read_pair(row: Row, input: Storage, output: Storage, groups: RowGroups | No
     assert row.output_key
     if groups is None:
         return input.read(row.key), output.read(row.output_key)
-    group = next(group for group in groups.groups if group.output_key == row.output_key)
-    index = pc.index(group.keys, row.key).as_py()
+    group = next((group for group in groups.groups if group.output_key == row.output_key), None)
+    index = -1 if group is None else pc.index(group.keys, row.key).as_py()
+    if group is None or index < 0:
+        raise ItemError("vanished", f"{row.key} is not in {row.output_key} any more")
     one = sources.image_of_row(input, group.file.key, group.group, index)
     return one, sources.image_of_row(output, group.output_key, None, index)

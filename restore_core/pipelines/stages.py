@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +52,7 @@ class RestoreRun:
     input: Storage
     output: Storage
     model: ModelFolder
-    device: str
+    device: Literal["cpu", "cuda"]
     threads: int
     """Of torch in each actor."""
     max_pixels: int

@@ -240,13 +240,17 @@ def _locked(path: Path) -> Iterator[bool]:
 
     Not the folder, which NFS would lock on this machine alone.
     """
-    with path.with_name(f"{path.name}.lock").open("ab") as file:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path.with_name(f"{path.name}.lock"), flags, 0o666)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
             alone = True
         except OSError:
             alone = False
         yield alone
+    finally:
+        os.close(descriptor)
 
 
 def _stored_version(path: Path) -> str | None:

@@ -164,7 +164,7 @@ def test_images_of_other_formats_are_refused_by_name(data: bytes, name: str) -> 
     assert failing(data, "unsupported") == f"{name}; convert it to JPEG, PNG or TIFF first"
 
 
-@pytest.mark.parametrize(("name", "mode"), CASES)
+@pytest.mark.parametrize(("name", "mode"), [*CASES, ("GIF", "L"), ("AVIF", "RGB"), ("JPEG2000", "RGB")])
 def test_files_cut_off_anywhere_are_truncated(name: str, mode: str) -> None:
     data = image_of(name, mode, 40, 40)
     for share in (0.95, 0.6, 0.3):
@@ -810,3 +810,92 @@ def test_pixels_that_take_more_memory_count_more() -> None:
         message = failing(image_of(name, mode, side + 1, side + 1), "too_large", max_pixels=budget)
         assert message.startswith(f"{side + 1} x {side + 1} pixels")
         assert ("which count as" in message) == (times > 34)
+
+
+# --- Odd kinds ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF:UserWarning")
+@pytest.mark.parametrize("link", [1, -4, 100, 0xFFFFFFFF])
+def test_a_damaged_page_behind_the_first_does_not_spoil_that(link: int) -> None:
+    source = bytearray(image_of("TIFF", "RGB"))
+    first = int.from_bytes(source[4:8], "little")
+    place = first + 2 + 12 * int.from_bytes(source[first : first + 2], "little")
+    source[place : place + 4] = (link if abs(link) == 1 or link > 2**31 else len(source) + link).to_bytes(4, "little")
+    assert "TIFF with damaged frames or pages behind the first" in failing(bytes(source), "unsupported")
+    assert np.array_equal(decode(bytes(source), frames="first").pixels, decode(image_of("TIFF", "RGB")).pixels)
+
+
+def test_metadata_is_not_taken_out_where_that_would_change_the_picture() -> None:
+    tiff = bytearray(image_of("TIFF", "RGB"))
+    first = int.from_bytes(tiff[4:8], "little")
+    for at in range(first + 2, first + 2 + 12 * int.from_bytes(tiff[first : first + 2], "little"), 12):
+        if int.from_bytes(tiff[at : at + 2], "little") == 279:  # Pillow does not look at the sizes of strips
+            tiff[at + 8 : at + 12] = (9).to_bytes(4, "little")
+    picture = decode(bytes(tiff))
+    with pytest.raises(ItemError, match=r"encode: the metadata of this TIFF cannot be taken out \(.*\); convert it"):
+        without_metadata(bytes(tiff), picture=picture)
+
+
+def test_a_marker_that_means_nothing_within_a_scan_stays() -> None:
+    source = image_of("JPEG", "RGB", 40, 40, restart_marker_rows=1)
+    at = source.index(b"\xff\xd0")
+    odd = source[:at] + b"\xff\x01" + source[at:]
+    picture = decode(odd)
+    assert np.array_equal(decode(without_metadata(odd, picture=picture)).pixels, picture.pixels)
+
+
+def test_whole_files_of_kinds_that_pillow_lacks_are_unsupported() -> None:
+    bmp = bytearray(image_of("BMP", "RGB"))
+    bmp[28] = 2
+    assert failing(bytes(bmp), "unsupported") == "Unsupported BMP pixel depth (2); convert it to PNG first"
+    jpeg = bytearray(image_of("JPEG", "RGB"))
+    frame = jpeg.index(b"\xff\xc0")
+    jpeg[frame + 4] = 12
+    assert failing(bytes(jpeg), "unsupported") == "JPEG of 12 bits a sample; convert it to JPEG, PNG or TIFF first"
+    jpeg[frame + 1], jpeg[frame + 4] = 0xC3, 8
+    assert failing(bytes(jpeg), "unsupported") == "lossless JPEG; convert it to PNG or TIFF first"
+    tiff = image_of("TIFF", "RGB").replace(b"\x06\x01\x03\0\1\0\0\0\2\0", b"\x06\x01\x03\0\1\0\0\0\x0a\0")
+    assert failing(tiff, "unsupported").startswith("TIFF of a kind that cannot be read; convert it")
+    avif = image_of("AVIF", "RGB").replace(b"pixi", b"pasp")  # both hold eight bytes
+    assert failing(avif, "unsupported") == "AVIF with pixels that are not square; convert it to PNG first"
+
+
+def test_bmp_with_alpha_in_sixteen_bits_is_refused() -> None:
+    masks = struct.pack("<4I", 0x7C00, 0x3E0, 0x1F, 0x8000)
+    header = struct.pack("<IiiHHIIiiII", 124, 2, 2, 1, 16, 3, 8, 0, 0, 0, 0) + masks
+    header = header.ljust(124, b"\0")
+    data = struct.pack("<2sIII", b"BM", 14 + 124 + 8, 0, 138) + header + b"\x5f\x82\x1f\x03" * 2
+    assert failing(data, "unsupported") == "BMP with an alpha channel that cannot be read; convert it to PNG first"
+
+
+def test_jpeg_is_rgb_only_where_libjpeg_takes_it_so() -> None:
+    plain = image_of("JPEG", "RGB", 40, 40, subsampling=2)
+    adobe = segment(0xEE, b"Adobe\0\x64\0\0\0\0\0")
+    source = plain[:20] + adobe + plain[20:]  # JFIF, which wins
+    after = opened(restored(source))
+    assert isinstance(after, JpegImageFile)
+    assert get_sampling(after) == 2 and after.quantization == opened(source).quantization  # type: ignore[attr-defined]
+    bare = plain[:2] + plain[20:]
+    for start in (b"\xff\xc0", b"\xff\xda"):
+        at = bare.index(start) + (10 if start == b"\xff\xc0" else 5)
+        step = 3 if start == b"\xff\xc0" else 2
+        for number, name in enumerate(b"RGB"):
+            place = at + step * number
+            bare = bare[:place] + bytes([name]) + bare[place + 1 :]
+    after = opened(restored(bare))
+    assert [layer[0] for layer in after.layer] == [*b"RGB"]  # type: ignore[attr-defined]
+
+
+def test_pixels_beyond_the_palette_do_not_move_the_others() -> None:
+    colours = random_pixels(32, 3, 1)[:, :3]
+    index = np.random.default_rng(5).integers(0, 40, (12, 16), np.uint8)
+    table = np.concatenate([colours, np.zeros((32, 1), np.uint8)], 1).tobytes()
+    header = struct.pack("<IiiHHIIiiII", 40, 16, 12, 1, 8, 0, index.size, 0, 0, 32, 0)
+    start = 14 + len(header) + len(table)
+    data = struct.pack("<2sIII", b"BM", start + index.size, 0, start) + header + table + index.tobytes()
+    picture = decode(data)
+    changed = picture.pixels.copy()
+    changed[0, 0] = 255 - changed[0, 0]
+    after = decode(encode(changed, data, picture=picture, software=SOFTWARE)).pixels
+    assert np.array_equal(after[1:], picture.pixels[1:]) and np.array_equal(after[0, 1:], picture.pixels[0, 1:])

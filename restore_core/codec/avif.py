@@ -48,6 +48,32 @@ def without_metadata(source: bytes, exif: bytes) -> bytes:
     return bytes(file)
 
 
+def is_whole(source: bytes) -> bool:
+    """Whether no box reaches beyond the file's end, and there are pixels."""
+    try:
+        return b"mdat" in {kind for kind, _, _ in _boxes(source, 0, len(source))}
+    except ValueError:
+        return False
+
+
+def unsupported(source: bytes) -> str | None:
+    """Return what the file says of its picture that Pillow does not carry over, and what to do; None if nothing."""
+    advice = "convert it to PNG first"
+    try:
+        metas = list(_metas(source, 0, len(source)))
+    except (ValueError, struct.error):
+        return None
+    for start, end in metas:
+        properties = source[start:end]
+        if b"clap" in properties:
+            return f"AVIF with a crop that viewers apply; {advice}"
+        if (at := properties.find(b"pasp")) >= 0 and properties[at + 4 : at + 8] != properties[at + 8 : at + 12]:
+            return f"AVIF with pixels that are not square; {advice}"
+        if b"tmap" in properties:
+            return f"AVIF with an HDR gain map; {advice}"
+    return None
+
+
 def with_colours_of(source: bytes, new: bytes) -> bytes:
     """The new file with the source's colour primaries and transfer function (nclx, ISO/IEC 23091-2), which Pillow sets
     to those of sRGB whatever the numbers mean."""

@@ -20,6 +20,12 @@ def depth(data: bytes) -> int:
     return int.from_bytes(data[24:26] if _header_size(data) == _OLD_HEADER else data[28:30], "little")
 
 
+def has_alpha(data: bytes) -> bool:
+    """Whether some of a pixel's bits are said to be its alpha."""
+    masked = int.from_bytes(data[30:34], "little") == _BITFIELDS and _header_size(data) >= 56
+    return masked and any(data[66:70])
+
+
 def encoded(image: Image.Image, source: bytes) -> bytes:
     """A picture of mode L, P, RGB or RGBA as an uncompressed file of the source's kind, of as many bits a pixel."""
     size, bits = _header_size(source), depth(source)

@@ -133,7 +133,7 @@ def with_palette(
         new, alphas = image.quantize(palette=palette, dither=Image.Dither.NONE), b""
     else:
         new, alphas = _with_new_palette(restored, alpha, colours)
-    if own is not None and (kept := _with_own_palette(restored, alpha, own)) is not None:
+    if own is not None and (kept := _with_own_palette(restored, alpha, own, colours)) is not None:
         image_kept, alphas_kept = kept
         if _squared_error(image_kept, restored, alpha) <= _squared_error(new, restored, alpha):
             return image_kept, alphas_kept
@@ -149,12 +149,17 @@ def _squared_error(image: Image.Image, pixels: Pixels, alpha: Pixels | None) -> 
     return total
 
 
-def _with_own_palette(restored: Pixels, alpha: Pixels | None, own: Image.Image) -> tuple[Image.Image, bytes] | None:
-    """Of the changed pixels the nearest entry of the same alpha. None where pixels have no entry."""
+def _with_own_palette(
+    restored: Pixels, alpha: Pixels | None, own: Image.Image, colours: int
+) -> tuple[Image.Image, bytes] | None:
+    """Of the changed pixels the nearest entry of the same alpha. None where pixels have no entry among `colours`."""
     palette = np.asarray(own.getpalette() or [], np.uint8).reshape(-1, 3)
     index = np.array(own)
-    if index.max() >= len(palette):
+    missing = int(index.max()) + 1 - len(palette)
+    if missing > 0 and len(palette) + missing > colours:
         return None
+    if missing > 0:  # Pillow shows them as black
+        palette = np.concatenate([palette, np.zeros((missing, 3), np.uint8)])
     alphas = np.full(256, 255, np.uint8)
     match own.info.get("transparency"):
         case int(entry):

@@ -13,10 +13,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from restore_core import exif, memory
-from restore_core.codec import bmp, colour, jpeg2000, png
+from restore_core.codec import avif, bmp, colour, gif, jpeg, jpeg2000, png
 from restore_core.codec.colour import Native, Pixels
 from restore_core.codec.frames import split, too_large
 from restore_core.errors import ErrorClass, ItemError
@@ -113,7 +114,7 @@ def decode_frames(data: bytes, *, max_pixels: int, frames: Frames = "refuse") ->
     if frames == "all":
         image = open_header(data, max_pixels=max_pixels)
         with _decoding(data):
-            if getattr(image, "n_frames", 1) > 1:
+            if _count(data, max_pixels, frames) > 1:
                 mode = image.mode  # which going through the frames may change
                 parts = split(image, data, max_pixels)
                 if not isinstance(image, TiffImageFile):  # not before: of PNG it decodes the first frame
@@ -130,7 +131,21 @@ def pixel_count(data: bytes, *, max_pixels: int, frames: Frames = "refuse") -> i
     """What `decode_frames` would have to hold, by the header alone: pixels. Raises ItemError."""
     image = open_header(data, max_pixels=max_pixels)
     with _decoding(data):
-        return math.prod(image.size) * (getattr(image, "n_frames", 1) if frames == "all" else 1)
+        return math.prod(image.size) * (_count(data, max_pixels, frames) if frames == "all" else 1)
+
+
+def _count(data: bytes, max_pixels: int, frames: Frames) -> int:
+    """How many pictures it holds. Raises ItemError: `unsupported` where those behind the first one are damaged."""
+    image = open_header(data, max_pixels=max_pixels)
+    try:
+        return int(getattr(image, "n_frames", 1))
+    except BROKEN_FILE as error:
+        with _decoding(data):
+            open_header(data, max_pixels=max_pixels).load()
+        if frames == "first":
+            return 1
+        what = f"{image.format} with damaged frames or pages behind the first ({error or type(error).__name__})"
+        raise ItemError("unsupported", one_line(f"{what}; use --frames first")) from error
 
 
 def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, frames: Frames = "refuse") -> Picture:
@@ -147,8 +162,7 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, frames: Frames 
     if weighed > max_pixels:
         counted = f", which count as {weighed}," if weighed > width * height else ""
         raise too_large(f"{width} x {height} pixels{counted}", max_pixels)
-    with _decoding(data):
-        count = getattr(image, "n_frames", 1)
+    count = _count(data, max_pixels, frames)
     if reason := _unsupported(image, data, 1 if frames == "first" else count):
         if _is_cut_off(data):  # the reason may be no more than a missing end, such as half of a BMP's grey palette
             with _decoding(data):
@@ -265,6 +279,8 @@ def _decoding(data: bytes) -> Iterator[None]:
                 message = f"no {', '.join(FORMATS)} file: it begins with {data[:8].hex(' ')}" if data else "empty file"
             if name := _other_format(data):
                 kind, message = "unsupported", f"{name}; convert it to JPEG, PNG or TIFF first"
+        elif str(error).startswith("Unsupported BMP"):
+            kind, message = "unsupported", f"{error}; convert it to PNG first"
         raise ItemError(kind, one_line(message)) from error
 
 
@@ -298,7 +314,22 @@ _OTHER_FORMATS = {
 
 
 def _other_format(data: bytes) -> str | None:
+    """Also kinds of our own formats that Pillow does not know, though they are whole."""
+    if data.startswith(b"\xff\xd8\xff") and (bits := jpeg.frame(data)[1]) not in (0, 8):
+        return f"JPEG of {bits} bits a sample"
+    if data.startswith((b"II*\0", b"MM\0*")) and {256, 257} < {entry.tag for entry in _tiff_entries(data)}:
+        return "TIFF of a kind that cannot be read"
     return next((name for name, start in _OTHER_FORMATS.items() if re.match(start, data, re.DOTALL)), None)
+
+
+def _tiff_entries(data: bytes) -> list[exif.Entry]:
+    """Of the first directory, if its pixels are told to be inside of the file."""
+    try:
+        ifd, _ = exif.read_ifd(data, exif.first_ifd(data))
+    except (struct.error, ValueError):
+        return []
+    places = [entry for entry in ifd if entry.tag in (273, 324)]
+    return ifd if places and all(0 < at < len(data) for entry in places for at in entry.integers(data)) else []
 
 
 def _is_cut_off(data: bytes) -> bool:
@@ -321,6 +352,12 @@ def _is_cut_off(data: bytes) -> bool:
             for start, size in zip(places.get(at, ()), places.get(sizes, ()), strict=False)
         ]
         return any(end > len(data) for end in ends)
+    if data.startswith(b"GIF8"):
+        return not gif.has_picture(data)
+    if data[4:12] in (b"ftypavif", b"ftypavis"):
+        return not avif.is_whole(data)
+    if data.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n")):
+        return not jpeg2000.is_whole(data)
     return data.startswith(b"BM") and int.from_bytes(data[2:6], "little") > len(data)
 
 
@@ -354,6 +391,8 @@ def _unsupported(image: ImageFile.ImageFile, data: bytes, frames: int) -> str | 
         return "JPEG with an HDR gain map (Ultra HDR); save it as a plain JPEG first"
     if image.mode == "CMYK" and image.format == "JPEG" and "adobe_transform" not in image.info:
         return f"CMYK JPEG that does not say whether its inks are inverted; {convert}"
+    if isinstance(image, JpegImageFile) and jpeg.frame(data)[0] in jpeg.LOSSLESS:
+        return "lossless JPEG; convert it to PNG or TIFF first"
     match image.format:
         case "PNG":
             return _unsupported_png(image, data)
@@ -361,10 +400,13 @@ def _unsupported(image: ImageFile.ImageFile, data: bytes, frames: int) -> str | 
             depth = bmp.depth(data)
             if depth == 1 or (image.mode == "L" and depth != 8):
                 return f"BMP with {depth} bits a pixel{' and grey' * (depth > 1)}; convert it to PNG first"
+            if image.mode == "RGB" and bmp.has_alpha(data):
+                return "BMP with an alpha channel that cannot be read; convert it to PNG first"
         case "AVIF":
             at = data.find(b"av1C")
             if at < 0 or data[at + 6] & 0x40:
                 return f"AVIF with more than 8 bits a channel; {convert}"
+            return avif.unsupported(data)
         case "JPEG2000":
             return jpeg2000.unsupported(data)
     return _unsupported_tiff(image, data) if isinstance(image, TiffImageFile) else None

@@ -1,7 +1,6 @@
 """Pixels -> encoded files: the source's own format, compression and metadata."""
 
 import io
-import re
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -14,9 +13,10 @@ from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 from PIL.TiffImagePlugin import TiffImageFile
 
 from restore_core import exif
-from restore_core.codec import avif, bmp, colour, gif, jpeg2000, png
+from restore_core.codec import avif, bmp, colour, gif, jpeg, jpeg2000, png
 from restore_core.codec.colour import Native, Pixels
 from restore_core.codec.decoding import (
+    ARRAYS,
     BROKEN_FILE,
     DEFAULT_MAX_PIXELS,
     Picture,
@@ -48,8 +48,8 @@ def encode(pixels: Pixels, source: bytes, *, picture: Picture, software: str, st
         block = _exif_block(original, source, picture.orientation, software, strip_metadata)
         match original:
             case JpegImageFile():
-                jpeg = _encode_jpeg(_image(pixels, picture), original, block, strip_metadata)
-                return jpeg if strip_metadata or original.format == "MPO" else jpeg + _after_jpeg(source)
+                new = _encode_jpeg(_image(pixels, picture), original, block, strip_metadata)
+                return new if strip_metadata or original.format == "MPO" else new + _after_jpeg(source)
             case TiffImageFile():
                 return _encode_tiff(pixels, picture, original, source, software, strip_metadata)
         match original.format:
@@ -107,8 +107,25 @@ def without_metadata(source: bytes, *, picture: Picture) -> bytes:
     """The file without EXIF, XMP, IPTC and texts, and with the very same pixels.
 
     The ICC profile stays, and so does an orientation that is not 1. The compressed data is copied where that can be.
-    Raises ItemError `encode`.
+    Raises ItemError `encode`, also where a damaged file would come out as another picture.
     """
+    bare = _without_metadata(source, picture)
+    most = 3 * picture.width * picture.height
+    try:
+        before, after = (decode(data, max_pixels=most, frames="first") for data in (source, bare))
+    except ItemError as error:
+        raise _not_taken_out(picture.format, error.message) from error
+    same = all(_equal(getattr(before, name), getattr(after, name)) for name in ARRAYS)
+    if not same or (before.orientation or 1) != (after.orientation or 1):
+        raise _not_taken_out(picture.format, "the picture would change")
+    return bare
+
+
+def _equal(one: Native | None, other: Native | None) -> bool:
+    return one is other if one is None or other is None else np.array_equal(one, other)
+
+
+def _without_metadata(source: bytes, picture: Picture) -> bytes:
     block = exif.stripped(picture.orientation)
     match picture.format:
         case "JPEG" | "MPO":
@@ -134,9 +151,11 @@ def _unless_broken(format: str, strip: Callable[[], bytes]) -> bytes:
     try:
         return strip()
     except (ValueError, KeyError, IndexError, struct.error) as error:
-        raise ItemError(
-            "encode", one_line(f"the metadata of this {format} cannot be taken out ({error}); convert it first")
-        ) from error
+        raise _not_taken_out(format, str(error)) from error
+
+
+def _not_taken_out(format: str, why: str) -> ItemError:
+    return ItemError("encode", one_line(f"the metadata of this {format} cannot be taken out ({why}); convert it first"))
 
 
 def join(
@@ -221,27 +240,10 @@ def _gif_frame(image: Image.Image) -> Image.Image:
     return _with_gif_palette(pixels, alpha)
 
 
-def _jpeg_segments(source: bytes) -> tuple[list[tuple[int, int]], int]:
-    """Where each segment begins and ends, and where the picture does; scans reach up to the next marker."""
-    found, at = [], 2
-    while at + 4 <= len(source) and source[at : at + 2] != _JPEG_END:
-        code = source[at + 1]
-        if source[at] != 0xFF or code in (0, 1, 0xFF) or 0xD0 <= code <= 0xD8:  # decoders pass over it
-            at += 1
-            continue
-        end = at + 2 + int.from_bytes(source[at + 2 : at + 4], "big")
-        if code == 0xDA:  # start of scan: coded pixels follow
-            marker = _JPEG_MARKER.search(source, end)
-            end = marker.start() if marker else len(source)
-        found.append((at, end))
-        at = end
-    return found, at + 2 if source[at : at + 2] == _JPEG_END else len(source)
-
-
 def _strip_jpeg(source: bytes, block: bytes) -> bytes:
     """Without what follows the picture, such as others with metadata of their own (MPO)."""
     kept = [source[:2]]
-    for at, end in _jpeg_segments(source)[0]:
+    for at, end in jpeg.segments(source)[0]:
         code, body = source[at + 1], source[at + 4 : end]
         is_text = 0xE0 <= code <= 0xEF or code == 0xFE
         if code == 0xE0 and body.startswith(b"JFIF\0") and len(body) >= 14:
@@ -250,7 +252,7 @@ def _strip_jpeg(source: bytes, block: bytes) -> bytes:
             kept.append(source[at:end])
     if block:
         kept.insert(1, struct.pack(">BBH", 0xFF, 0xE1, len(block) + 8) + b"Exif\0\0" + block)
-    return b"".join([*kept, _JPEG_END])
+    return b"".join([*kept, jpeg.END])
 
 
 def _strip_webp(source: bytes, block: bytes) -> bytes:
@@ -264,7 +266,7 @@ def _strip_webp(source: bytes, block: bytes) -> bytes:
             chunks.append(bytes(chunk))
         at = end
     if not any(chunk.startswith(_WEBP_PIXELS) for chunk in chunks):
-        raise ItemError("encode", "the metadata of this WEBP cannot be taken out (no pixels found); convert it first")
+        raise _not_taken_out("WEBP", "no pixels found")
     if block:
         chunks.append(b"EXIF" + struct.pack("<I", len(block)) + block + bytes(len(block) % 2))
     body = b"WEBP" + b"".join(chunks)
@@ -300,8 +302,10 @@ def _encode_jpeg(image: Image.Image, original: JpegImageFile, block: bytes, stri
         tables, sampling = [[min(steps) for steps in zip(*tables, strict=True)]], 0
     if len(block) > 65_527:  # it fitted before the note was added; JPEG segments end at 64 KiB
         block = exif.bare(info.get("exif"))
-    keep_rgb = info.get("adobe_transform") == 0 and len(tables) == 3
-    jpeg = _saved(
+    components = [layer[0] for layer in original.layer]
+    marked = info["adobe_transform"] == 0 if "adobe_transform" in info else bytes(components) == b"RGB"
+    keep_rgb = len(tables) == 3 and marked and "jfif" not in info  # as libjpeg tells it (jdapimin.c)
+    new = _saved(
         image,
         "JPEG",
         qtables=tables[:2] if tables[1:2] == tables[2:3] else tables,
@@ -313,19 +317,19 @@ def _encode_jpeg(image: Image.Image, original: JpegImageFile, block: bytes, stri
         exif=b"Exif\0\0" + block if block else b"",
         **({} if strip else options),
     )
-    return _with_jpeg_density(jpeg, info)
+    return _with_jpeg_density(new, info)
 
 
 def _after_jpeg(source: bytes) -> bytes:
     """What follows the picture, as the film of a motion photo does; its place is told from the file's end."""
-    return source[_jpeg_segments(source)[1] :]
+    return source[jpeg.segments(source)[1] :]
 
 
-def _with_jpeg_density(jpeg: bytes, info: dict[str | tuple[int, int], Any]) -> bytes:
+def _with_jpeg_density(new: bytes, info: dict[str | tuple[int, int], Any]) -> bytes:
     """The source's JFIF density in its own unit, also where that is none and it tells the pixels' aspect ratio."""
-    if jpeg[6:11] != b"JFIF\0" or "jfif_density" not in info:
-        return jpeg
-    return jpeg[:13] + struct.pack(">BHH", info["jfif_unit"], *info["jfif_density"]) + jpeg[18:]
+    if new[6:11] != b"JFIF\0" or "jfif_density" not in info:
+        return new
+    return new[:13] + struct.pack(">BHH", info["jfif_unit"], *info["jfif_density"]) + new[18:]
 
 
 def _segments(original: JpegImageFile) -> bytes:
@@ -435,7 +439,7 @@ def _png_like(source: bytes, new: list[png.Chunk], transparency: list[png.Chunk]
     """The new file's pixels among the source's ancillary chunks, byte for byte."""
     has_palette = any(kind == b"PLTE" for kind, _ in new)  # another one, of which a background would name a colour
     old = [chunk for chunk in png.chunks(source) if not (chunk[0] == b"bKGD" and has_palette)]
-    first = next(index for index, (kind, _) in enumerate(old) if kind == b"IDAT")
+    first = next((index for index, (kind, _) in enumerate(old) if kind == b"IDAT"), len(old))
     before = [chunk for chunk in old[:first] if _is_kept(chunk[0], strip)]
     following = b"" if strip else png.following(source)
     chunks = [
@@ -506,12 +510,9 @@ def _strip_png(source: bytes, block: bytes) -> bytes:
 _PNG_COLOURS = {2: 3, 4: 5, 8: 17}
 """By bits a pixel: fewer fit into less."""
 _WEBP_PIXELS = (b"VP8 ", b"VP8L", b"ANMF")
-_JPEG_END = b"\xff\xd9"
 _JPEG_COLOUR = {0xE2: b"ICC_PROFILE\0", 0xEE: b"Adobe"}
 """Segments that say what the numbers mean."""
 _JPEG_TEXTS = {"APP1": 0xE1, "APP13": 0xED, "COM": 0xFE}
-_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-"""That is no part of coded pixels (escaped bytes, restarts)."""
 _TIFF_LOSSLESS = ("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "lzma", "zstd")
 # Tags that describe how pixels are laid out in the file: Pillow's, not the source's, are true after encoding.
 _TIFF_LAYOUT = {

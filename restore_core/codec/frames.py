@@ -43,12 +43,13 @@ def split(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> list[byte
         size = f"{frames} frames of {image.width} x {image.height} pixels"
         raise too_large(size, max_pixels)
     clear = image.format != "PNG" and _is_clear(image, frames)
+    opaque = "L" if image.format == "AVIF" and image.mode == "L" else "RGB"
     parts = []
     for index in range(frames):
         image.seek(index)
         if image.format == "GIF" and image.size != struct.unpack_from("<HH", data, 6):  # Pillow widens it meanwhile
             raise ItemError("unsupported", f"GIF with frames that reach beyond its screen; {advice}")
-        frame = image.copy() if image.format == "PNG" else image.convert("RGBA" if clear else "RGB")
+        frame = image.copy() if image.format == "PNG" else image.convert("RGBA" if clear else opaque)
         file = io.BytesIO()
         Image.frombytes(frame.mode, frame.size, frame.tobytes()).save(file, "PNG", compress_level=1)  # pixels alone
         parts.append(file.getvalue())

@@ -25,6 +25,11 @@ def with_applications_of(source: bytes, new: bytes, *, strip_metadata: bool) -> 
     return b"".join([b"GIF89a", new[6:at], *blocks, new[at:]])
 
 
+def has_picture(gif: bytes) -> bool:
+    """Whether one begins before the file ends."""
+    return len(gif) > 13 and any(kind == _IMAGE for kind, _, _ in _blocks(gif))
+
+
 def _start(gif: bytes) -> int:
     """Where the blocks begin, after the header (18) and the colours that all pictures share (19)."""
     return 13 + (3 * 2 ** ((gif[10] & 7) + 1) if gif[10] & 0x80 else 0)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 _HEADER, _COLOUR, _PALETTE, _CODESTREAM = b"jp2h", b"colr", b"pclr", b"jp2c"
 _NEEDED = (b"jP  ", b"ftyp", b"rreq", _HEADER, _CODESTREAM)
-_COMMENT, _TILE = b"\xff\x64", b"\xff\x90"
+_COMMENT, _TILE, _END = b"\xff\x64", b"\xff\x90", b"\xff\xd9"
 _SRGB, _GRAY = 16, 17
 
 
@@ -24,6 +24,11 @@ def unsupported(data: bytes) -> str | None:
         if kind == _COLOUR and body[:1] == b"\1" and int.from_bytes(body[3:7], "big") not in (_SRGB, _GRAY):
             return f"JPEG 2000 that is neither grey nor RGB; {advice}"
     return None
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether its end is there."""
+    return codestream(data).rstrip(b"\0").endswith(_END)
 
 
 def codestream(data: bytes) -> bytes:

@@ -1,0 +1,33 @@
+"""JPEG files (ITU-T T.81, annex B) as segments."""
+
+import re
+
+END = b"\xff\xd9"
+SCAN = 0xDA
+LOSSLESS = (0xC3, 0xC7, 0xCB, 0xCF)
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
+"""That is no part of coded pixels (escaped bytes, restarts)."""
+
+
+def segments(source: bytes) -> tuple[list[tuple[int, int]], int]:
+    """Where each segment begins and ends, and where the picture does; scans reach up to the next marker."""
+    found, at = [], 2
+    while at + 4 <= len(source) and source[at : at + 2] != END:
+        code = source[at + 1]
+        if source[at] != 0xFF or code in (0, 1, 0xFF) or 0xD0 <= code <= 0xD8:  # decoders pass over it
+            at += 1
+            continue
+        end = at + 2 + int.from_bytes(source[at + 2 : at + 4], "big")
+        if code == SCAN:  # coded pixels follow
+            marker = _MARKER.search(source, end)
+            end = marker.start() if marker else len(source)
+        found.append((at, end))
+        at = end
+    return found, at + 2 if source[at : at + 2] == END else len(source)
+
+
+def frame(source: bytes) -> tuple[int, int]:
+    """Its kind, by its marker's code, and the bits of a sample; zeros where the file does not say."""
+    starts = (at for at, _ in segments(source)[0] if source[at + 1] in _FRAMES)
+    return next(((source[at + 1], source[at + 4]) for at in starts if at + 4 < len(source)), (0, 0))

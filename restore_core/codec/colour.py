@@ -29,21 +29,29 @@ def rgb_of(image: Image.Image) -> tuple[Pixels, Pixels | None, Native | None]:
             bands = np.asarray(image)
             return _three(bands[:, :, 0]), np.ascontiguousarray(bands[:, :, 1]), None
         case "RGB":
-            return np.array(image), None, None
+            return _array(image), None, None
         case "RGBA":
-            bands = np.asarray(image)
+            bands = _array(image)
             return np.ascontiguousarray(bands[:, :, :3]), np.ascontiguousarray(bands[:, :, 3]), None
         case "P":
             # a text chunk of that name is only a text
             clear = isinstance(image.info.get("transparency"), (int, bytes))
             return rgb_of(image.convert("RGBA" if clear else "RGB"))
         case "CMYK":
-            return np.array(image.convert("RGB")), None, np.array(image)
+            return _array(image.convert("RGB")), None, _array(image)
         case "LAB":
             return np.array(_lab_transform(to_rgb=True).apply(image)), None, np.array(image)
         case "I;16" | "I;16B":
             return rgb_of_deep(np.asarray(image).astype(np.uint16))  # in this machine's byte order
     raise ValueError(f"mode {image.mode}")
+
+
+def _array(image: Image.Image) -> Pixels:
+    """What np.array gives of several channels, which takes two copies of the pixels more while it is made."""
+    result = np.empty((image.height, image.width, len(image.getbands())), np.uint8)
+    for rows in _bands(result.shape):
+        result[rows] = np.asarray(image.crop((0, rows.start, image.width, min(rows.stop, image.height))))
+    return result
 
 
 def rgb_of_deep(deep: Native) -> tuple[Pixels, None, Native]:

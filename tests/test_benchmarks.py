@@ -1,6 +1,7 @@
 """The speed benchmarks at their smallest: they run to their end, and what they write is what the page reads."""
 
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -58,7 +59,8 @@ def test_all_take_turns_and_the_page_says_so(
     slower = min(rates["codec only"], max(rates["model only"], rates["model only, pool"]))
     ratio = rates["job, steady state"] / slower
     assert result["ratios"]["of the slower floor"] == pytest.approx(ratio, abs=0.001)  # three decimals are written
-    assert result["dollars_per_million_images"] == pytest.approx(500 / rates["job, steady state"], rel=0.001)
+    rate = statistics.median(result["rounds"]["job, steady state"])  # not of three decimals
+    assert result["dollars_per_million_images"] == pytest.approx(500 / rate, abs=0.01)
     assert "driver" in result["memory_mb"]  # the others may be gone before they are looked at
     (tmp_path / "growth.json").write_text((page.FOLDER / "growth.json").read_text())
     monkeypatch.setattr(page, "FOLDER", tmp_path)

@@ -169,10 +169,12 @@ def test_a_body_whose_encryption_breaks_is_read_again(
     """Botocore translates most of what urllib3 raises there, and this not."""
     files, place = filled(moto_client, 1), open_storage("s3://photos/in/")
     read, times = StreamingBody.read, 2
+    bodies = []
 
     def broken(self: StreamingBody, amt: int | None = None) -> bytes:
         nonlocal times
         times -= 1
+        bodies.append(self)
         if times >= 0:
             raise urllib3.exceptions.SSLError("bad record mac")
         return read(self, amt)
@@ -182,6 +184,7 @@ def test_a_body_whose_encryption_breaks_is_read_again(
     times = 1000
     monkeypatch.setattr(s3_module, "ROUNDS", 2)
     assert "bad record mac" in fails("read", place.read, "000.jpg")
+    assert len(bodies) > 3 and all(body._raw_stream.closed for body in bodies)  # and with it the socket
 
 
 def test_the_probe_is_no_photograph(proxy: FaultProxy, moto_client: "S3Client") -> None:

@@ -114,7 +114,8 @@ class S3Storage:
     def _get(self, client: "S3Client", key: str, expected: Object | None = None) -> tuple[bytes, str]:
         """The object's bytes and ETag. Raises _CutShort where they are fewer than those of the `expected` version."""
         response = client.get_object(Bucket=self.bucket, Key=self.full_key(key))
-        data, etag = response["Body"].read(), response.get("ETag", "").strip('"')
+        with contextlib.closing(response["Body"]) as body:
+            data, etag = body.read(), response.get("ETag", "").strip('"')
         if expected is not None and etag == expected.etag and len(data) != expected.size:
             raise _CutShort(f"{len(data)} bytes came of {expected.size} that are listed")
         return data, etag

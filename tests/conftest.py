@@ -116,6 +116,13 @@ def no_actors_left(request: pytest.FixtureRequest) -> Iterator[None]:
             gc.collect()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_unclosed() -> Iterator[None]:
+    """What a file leaves unclosed is told at its end, not in whichever test of another file comes to collect it."""
+    yield
+    gc.collect()
+
+
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[int], Path]":
     """Model folders of a small network with random weights, another one for each seed."""

@@ -41,6 +41,7 @@ def test_files_are_as_they_are_called(name: str, photographs: Path, tmp_path: Pa
     assert corpora.megapixels(tmp_path) == total / 1e6
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_all_take_turns_and_the_page_says_so(
     photographs: Path, small_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

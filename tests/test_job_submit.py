@@ -318,7 +318,8 @@ def findings(head: Head, places: tuple[object, ...], report: Path) -> set[str]:
     return kinds
 
 
-@pytest.mark.parametrize("wait", [STOP_WAIT_SECONDS, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("wait", [STOP_WAIT_SECONDS, 0])
 def test_a_restore_is_stopped_and_goes_on(head: Head, model: Path, tmp_path: Path, wait: int) -> None:
     """With 0 seconds to wait Ray kills it at once: then there is no report, but the ledger is as whole."""
     pictures = [encoded(seed, 200, 200) for seed in range(20)]

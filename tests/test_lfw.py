@@ -104,6 +104,7 @@ def test_the_funneled_archives_have_the_layout_expected() -> None:
         assert isinstance(found.data, bytes) and codec.decode(found.data).pixels.shape == (250, 250, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_packed_photographs_train_a_model_that_restores(packed: Path, tmp_path: Path) -> None:

@@ -135,6 +135,7 @@ def test_a_node_that_is_taken_away_loses_a_batch(
     assert twice <= BATCH
 
 
+@pytest.mark.slow
 def test_a_node_that_joins_is_used(tmp_path: Path, processes: Started, source: Path) -> None:
     """With a network that takes its time, so that there is some."""
     nodes, output = Nodes(processes, head_cpus=0), tmp_path / "out"

@@ -221,6 +221,7 @@ def test_a_worker_that_is_killed_is_replaced_and_no_epoch_is_doubled(run: Run, f
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_killed_goes_on_where_it_was(data: Path, finished: Path, run: Run, tmp_path: Path) -> None:
     options = [
         "--data",

@@ -43,7 +43,7 @@ class Listing(LocalStorage):
 
     count = 0
 
-    def list(self, prefix: str = "", after: str = "") -> Iterator[Object]:
+    def list(self, prefix: str = "", after: str = "", *, unreadable: bool = False) -> Iterator[Object]:
         for index in range(self.count):
             key = f"collection-{index // PER_FOLDER:05d}/photograph of the year {index % PER_FOLDER:04d}.jpg"
             if key > after:

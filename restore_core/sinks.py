@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,12 @@ VARIED = 9
 """From here on the spread of a picture's local means (of their middle half, of 255) is more than noise or flips."""
 LOCAL = 16
 """Side of the squares of the local means, pixels. Noise of sigma 75 spreads them by 6, 50 % of flips by 7."""
+STANDS_OUT, STANDS_OUT_STEPS = 4.0, 2.0
+"""A square's mean does so from the others' where it is further away than so many times what noise of that square's own
+spread would bring it, and so many steps of 255 more."""
+SOME_SQUARES, PATCH_SQUARES = 0.02, 3.0
+"""So many of the squares of an empty page may do so by chance, and of those under patches, whose edges lie in further
+ones, so many times the patches' area."""
 CLIPPED_SHARE = 0.99
 SAME, NEAR = 8, 32
 """Input values this far from the result's, of 255, may be the same but for a little or much noise."""
@@ -55,7 +61,7 @@ def encode(
     """
     difference = compare(picture.pixels, restored)
     change = row.change = difference.change
-    if reason := nothing_left(difference, picture.pixels, restored):
+    if reason := nothing_left(difference, picture.pixels, restored, row.patches):
         raise ItemError("model", f"{reason}; the original is kept")
     if max_change is not None and change > max_change:
         raise ItemError("model", f"the result differs by {change:.1f} of 255, over --max-change; the original is kept")
@@ -99,16 +105,19 @@ def compare(before: Pixels, after: Pixels) -> Difference:
     return Difference(before.shape[0] * before.shape[1], total / before.size, flat, clipped / before.size)
 
 
-def nothing_left(difference: Difference, before: Pixels, after: Pixels) -> str | None:
+def nothing_left(difference: Difference, before: Pixels, after: Pixels, patches: float | None = None) -> str | None:
     """Why a result cannot be a restored picture: one flat colour, or only black and white, though the input was not.
 
     An empty page under noise or flipped pixels hardly varies in its local means; under patches most of it has kept its
-    colour. Line art ends in black and white, and most of its values were near them before.
+    colour, and if their share is known, no more than they cover may stand out. Line art ends in black and white, and
+    most of its values were near them before.
     """
     if difference.pixels < JUDGED_PIXELS:
         nothing = difference.clipped == 1 and difference.change > FAR
         return "the network returned nothing but black and white" if nothing else None
     if difference.flat and _variation(before) > VARIED and _share_within(SAME, before, after) < 0.5:
+        return "the network returned one flat colour"
+    if difference.flat and patches is not None and _standing_out(before) > SOME_SQUARES + PATCH_SQUARES * patches:
         return "the network returned one flat colour"
     if difference.clipped > CLIPPED_SHARE and _share_within(NEAR, before, after) < 0.5:
         return "the network returned nothing but black and white"
@@ -140,11 +149,23 @@ def _variation(pixels: Pixels) -> float:
     return float((three_quarters - quarter).max())
 
 
-def _local_means(pixels: Pixels, height: int, width: int) -> npt.NDArray[np.float64]:
-    """Means of whole squares of height x width pixels (fewer below and on the right are left out), [N, 3]."""
-    rows, columns = len(pixels) // height, pixels.shape[1] // width
-    squares = pixels[: rows * height, : columns * width].reshape(rows, height, columns, width, 3)
-    means: npt.NDArray[np.float64] = squares.mean(axis=(1, 3)).reshape(-1, 3)
+def _standing_out(pixels: Pixels) -> float:
+    """Share of the local means of brightness that stand out from their median, see `STANDS_OUT`."""
+    sides = min(LOCAL, pixels.shape[0]), min(LOCAL, pixels.shape[1])
+    found = []
+    for (band,) in _bands(pixels):
+        brightness = band.mean(axis=2, keepdims=True)
+        found.append(np.hstack([_local_means(part, *sides) for part in (brightness, brightness**2)]))
+    mean, square = np.concatenate(found).T
+    noise = np.sqrt(np.maximum(square - mean**2, 0) / (sides[0] * sides[1]))
+    return float((np.abs(mean - np.median(mean)) > STANDS_OUT * noise + STANDS_OUT_STEPS).mean())
+
+
+def _local_means(pixels: npt.NDArray[Any], height: int, width: int) -> npt.NDArray[np.float64]:
+    """Means of whole squares of height x width pixels (fewer below and on the right are left out), [N, C]."""
+    rows, columns, channels = len(pixels) // height, pixels.shape[1] // width, pixels.shape[2]
+    squares = pixels[: rows * height, : columns * width].reshape(rows, height, columns, width, channels)
+    means: npt.NDArray[np.float64] = squares.mean(axis=(1, 3)).reshape(-1, channels)
     return means
 
 

@@ -215,7 +215,7 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
                     proxy.count(fault)
                     self._reset()
                     return
-                if fault.kind in _BODY and self.command == "GET" and status == 200 and len(content) > 1:
+                if fault.kind in _BODY and self.command == "GET" and status in (200, 206) and len(content) > 1:
                     proxy.count(fault)
                     half = content[: len(content) // 2]
                     if fault.kind == "short":

@@ -201,7 +201,10 @@ def test_bombs_are_refused_by_their_header() -> None:
     assert "pixels" in failing(png_header(100_000, 100_000), "too_large")
     assert "pixels" in failing(png_header(10_000, 10_000), "too_large")
     message = failing(image_of("JPEG", "RGB", 11, 7), "too_large", max_pixels=76)
-    assert message == "7 x 11 pixels are over the budget of 76 pixels; raise --max-megapixels"
+    assert (
+        message
+        == "7 x 11 pixels are over the budget of 76 pixels; raise --max-megapixels, with --retry-failed too_large"
+    )
     assert decode(image_of("JPEG", "RGB", 11, 7), max_pixels=77).width == 7
 
 

@@ -104,7 +104,8 @@ def test_errors_come_through_as_they_are(codecs: Processes) -> None:
     assert failing(codecs, b"hello").startswith("not_an_image: no JPEG")
     assert failing(codecs, encoded(1)[:80]).startswith("truncated: the file is cut off after 80 bytes")
     assert failing(codecs, encoded(1, 1001, 1000)) == (
-        "too_large: 1000 x 1001 pixels are over the budget of 1000000 pixels; raise --max-megapixels"
+        "too_large: 1000 x 1001 pixels are over the budget of 1000000 pixels; "
+        "raise --max-megapixels, with --retry-failed too_large"
     )
     assert process_of(codecs) == before  # none of them costs a process
 

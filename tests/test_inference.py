@@ -8,6 +8,7 @@ import pytest
 import skimage.data
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from restore_core import checkpoint, codec, degradations, diagnosis, inference, streaming, strips, tiles
@@ -669,6 +670,28 @@ def test_the_bundled_model_in_tiles_equals_itself_untiled(monkeypatch: pytest.Mo
     monkeypatch.setattr(inference, "TILE", 320)
     (tiled,) = restorer([image])
     assert np.abs(tiled.pixels.astype(int) - whole.pixels).max() <= 1
+
+
+@pytest.mark.parametrize("damage", [{"sigma_255": 25, "flips": 0.1, "area": 0.05}, {"area": 0.15, "coloured": True}])
+@pytest.mark.parametrize("name", ["faces", "faces-fast"])
+def test_the_bundled_models_in_columns_equal_themselves_in_one(
+    name: str, damage: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within 1 of 255, in columns as wide as they are and with the overlap that they have."""
+    photographs = [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.rocket(), skimage.data.chelsea()]
+    parts = [Image.fromarray(photograph).resize((520, 300)) for photograph in photographs]
+    clean = np.concatenate([np.asarray(part) for part in (*parts, parts[0])], axis=1)
+    generator = Generator([3])
+    batch = torch.from_numpy(clean).permute(2, 0, 1)[None]
+    damaged, _ = degrade(batch, fixed_damage(generator, **damage), generator)  # type: ignore[arg-type]
+    image = damaged[0].permute(1, 2, 0).contiguous().numpy()
+    assert inference.COLUMN_TILES * inference.TILE < image.shape[1] == 2600
+    restorer = Restorer(checkpoint.read(name))
+    (columns,) = restorer([image])
+    monkeypatch.setattr(inference, "COLUMN_TILES", 3)
+    (whole,) = restorer([image])
+    assert not np.array_equal(columns.pixels, image)
+    assert np.abs(columns.pixels.astype(int) - whole.pixels).max() <= 1
 
 
 def test_a_sky_is_not_painted_over() -> None:

@@ -269,7 +269,7 @@ def test_a_driver_that_is_killed_over_a_bucket(
 MANY, BATCH, FLUSH = 2000, 16, 200
 PLACES = (10, 50, 90, 99, None)
 VICTIMS = ("actor", "node", "driver", "head", "cluster")
-"""On the head the driver runs, too; "cluster" is all but the driver."""
+"""On the head the driver runs, too, and the other nodes live on for a while; "cluster" is all but the driver."""
 CASES = [(victim, place) for victim in VICTIMS for place in PLACES if victim != "cluster" or place == 50]
 
 
@@ -327,10 +327,15 @@ def test_nothing_is_lost_or_doubled(
             targets = [node, *descendants(node, "")]
         elif victim == "driver":
             targets = [driver.pid]
+        elif victim == "head":
+            assert cluster is not None
+            servers = descendants(cluster.process.pid, "gcs_server")
+            assert len(servers) == 1
+            targets = [*servers, raylets[0], driver.pid]
+            targets += [pid for process in (raylets[0], driver.pid) for pid in descendants(process, "")]
         else:
             assert cluster is not None
-            targets = [cluster.process.pid, *([driver.pid] if victim == "head" else [])]
-            targets += [pid for process in targets for pid in descendants(process, "")]
+            targets = [cluster.process.pid, *descendants(cluster.process.pid, "")]
         assert driver.poll() is None, "it was done already: " + processes.said(driver, "err")
         kill(*targets)
         killed_at = first.count()

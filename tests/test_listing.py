@@ -167,7 +167,7 @@ class Keys:
     def join(self, key: str) -> str:
         return f"{self.uri}/{key}"
 
-    def list(self, prefix: str = "", after: str = "") -> Iterator[Object]:
+    def list(self, prefix: str = "", after: str = "", *, unreadable: bool = False) -> Iterator[Object]:
         return (Object(key, 1, "e") for key in self.keys if key > after)
 
 
@@ -285,6 +285,26 @@ def test_notes_that_are_half_deleted_are_the_beginning(
     resumed = Listed(Keys(iter(keys)), output, "run-3", resume=True)  # type: ignore[arg-type]
     resumed.begin()
     assert [item.key for item in resumed] == keys
+
+
+@pytest.mark.parametrize("lost", range(5))
+def test_a_note_that_is_missing_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int) -> None:
+    """One that was damaged, and moved away as told, say."""
+    monkeypatch.setattr("restore_core.pipelines.listing.NOTED_OBJECTS", 10)
+    keys = [f"{index:03d}.jpg" for index in range(55)]
+    output = open_storage(str(tmp_path))
+
+    def run(name: str, *, resume: bool, until: int) -> list[str]:
+        listed = Listed(Keys(iter(keys)), output, name, resume=resume)  # type: ignore[arg-type]
+        listed.begin()
+        return [item.key for item, _ in zip(listed, range(until), strict=False)]
+
+    assert run("run-1", resume=False, until=50) == keys[:50]
+    notes = sorted(tmp_path.rglob("*.parquet"))
+    assert len(notes) == 5
+    notes[lost].unlink()
+    assert run("run-2", resume=True, until=35) == keys[:35]  # again interrupted, with notes that overlap now
+    assert run("run-3", resume=True, until=100) == keys
 
 
 def test_what_is_listed_before_the_run_begins_is_noted_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from restore_core import memory
+from restore_core.pipelines import cluster
 
 GB = 10**9
 
@@ -21,6 +22,18 @@ GB = 10**9
 )
 def test_the_pixel_budget_follows_from_memory(available: int, workers: int, megapixels: int) -> None:
     assert memory.pixel_budget(available, workers) // 10**6 == megapixels
+
+
+def test_the_budget_is_that_of_the_node_which_has_least_for_each_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    def node(cpus: float, gigabytes: float, alive: bool = True) -> dict[str, object]:
+        return {"Alive": alive, "Resources": {"CPU": cpus, "memory": gigabytes * GB}}
+
+    nodes = [node(8, 32), node(2, 16), node(1, 1, alive=False), {"Alive": True, "Resources": {"memory": GB}}]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    assert cluster.pixel_budget(8) == memory.pixel_budget(32 * GB, 8)
+    assert cluster.pixel_budget(1) == memory.pixel_budget(16 * GB, 1)
+    nodes.clear()
+    assert cluster.pixel_budget(8) == memory.LEAST_PIXELS
 
 
 def test_a_budget_fits_into_the_memory_that_it_is_made_from() -> None:

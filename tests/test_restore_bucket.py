@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ from jobs.restore_bucket import RestoreBucket
 from restore_core import checkpoint, codec, manifest, sources, storage
 from restore_core.config import ResidualUNetConfig
 from restore_core.errors import StorageError, UsageError
-from restore_core.manifest import Row
+from restore_core.manifest import Ledger, Row
 from restore_core.model import build
 from restore_core.pipelines import cluster
 from restore_core.pipelines.listing import Listed
@@ -70,7 +71,7 @@ def deep_colour(seed: int) -> bytes:
     return file.getvalue()
 
 
-def turned(orientation: int, format: str, seed: int) -> bytes:
+def turned(orientation: int, format: str, seed: int, **options: Any) -> bytes:
     """One picture, stored so that a viewer which turns it by its tag shows it upright."""
     undo = {
         2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -81,7 +82,7 @@ def turned(orientation: int, format: str, seed: int) -> bytes:
     image = image.transpose(undo[orientation]) if orientation in undo else image
     exif = Image.Exif()
     exif[274] = orientation
-    return encoded(image, format, exif=exif, **({"lossless": True} if format == "WEBP" else {}))
+    return encoded(image, format, exif=exif, **options, **({"lossless": True} if format == "WEBP" else {}))
 
 
 TURNED = {
@@ -130,6 +131,8 @@ HOSTILE = {
     )
 }
 ON_S3 = {key: data for key, data in HOSTILE.items() if "\n" not in key}  # moto's server cannot store those
+LONG = b"Exif\0\0MM\0*\0\0\0\x08" + bytes(40_000)
+LONG = b"\xff\xe1" + (len(LONG) + 2).to_bytes(2) + LONG
 BROKEN = {
     "broken/cut off.jpg": (GOOD["a/face.jpg"][: len(GOOD["a/face.jpg"]) // 2], "truncated"),
     "broken/cut off.png": (GOOD["large.png"][:5000], "truncated"),
@@ -143,6 +146,7 @@ BROKEN = {
     ),
     "_restore": (GOOD["a/tiny.jpg"], "write"),  # the name of the ledger's folder
     "broken/over budget.png": (encoded(Image.new("RGB", (400, 300)), "PNG"), "too_large"),
+    "broken/EXIF in two parts.jpg": (GOOD["a/face.jpg"][:2] + LONG + LONG + GOOD["a/face.jpg"][2:], "encode"),
 }  # fmt: skip
 TREE = {**GOOD, **HOSTILE, **{key: data for key, (data, _) in BROKEN.items()}}
 
@@ -257,10 +261,36 @@ def test_the_eight_orientations_of_a_picture_come_out_equal(tree: tuple[Path, Pa
         assert ledger_of(tree[1])[f"turned/{number}.{format}"].orientation == number
 
 
+@pytest.mark.parametrize("format", ["JPEG", "AVIF"])
+@pytest.mark.usefixtures("one_thread")
+def test_those_of_formats_that_lose_a_little_come_out_almost_equal(format: str, small_model: Models) -> None:
+    from restore_core.inference import Restorer
+
+    restorer = Restorer(checkpoint.read(str(small_model(1))))
+    finest = {"JPEG": {"quality": 100, "subsampling": 0}, "AVIF": {"quality": 100, "subsampling": "4:4:4"}}[format]
+    results = []
+    for orientation in range(1, 9):
+        source = turned(orientation, format, 3, **finest)
+        picture = codec.decode(source)
+        assert (picture.orientation or 1) == orientation
+        (restored,) = restorer([picture.shown])
+        after = codec.encode(picture.stored(restored.pixels), source, picture=picture, software="x")
+        results.append(np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(after)))).astype(int))
+        assert np.abs(results[-1] - restored.pixels).mean() < 3
+    assert max(np.abs(result - results[0]).mean() for result in results) < 3
+
+
 def test_alpha_is_untouched(tree: tuple[Path, Path]) -> None:
     before, after = (codec.decode(data) for data in (TREE["alpha.png"], (tree[1] / "alpha.png").read_bytes()))
     np.testing.assert_array_equal(before.alpha, after.alpha)
     assert not np.array_equal(before.pixels, after.pixels)
+
+
+def test_the_file_says_which_model_restored_it(tree: tuple[Path, Path]) -> None:
+    model = ledger_of(tree[1])["a/face.jpg"].model
+    for key in ("a/face.jpg", "alpha.png", "a/b/c/wide.webp", "photo.tif", "photo.avif"):
+        with Image.open(tree[1] / key) as image:
+            assert image.getexif()[305] == f"restore_core (model {model[:12]})", key
 
 
 def test_the_record_and_the_report_close(tree: tuple[Path, Path], small_model: Models) -> None:
@@ -268,7 +298,9 @@ def test_the_record_and_the_report_close(tree: tuple[Path, Path], small_model: M
     record = json.loads((output / "_restore/run.json").read_text())
     assert record["listed"] == len(TREE) == sum(record["statuses"].values())
     assert record["statuses"] == {"failed": len(BROKEN), "restored": len(GOOD) + len(HOSTILE)}
-    assert record["errors"] == {"not_an_image": 2, "too_large": 1, "truncated": 2, "unsupported": 2, "write": 1}
+    assert record["errors"] == {
+        "encode": 1, "not_an_image": 2, "too_large": 1, "truncated": 2, "unsupported": 2, "write": 1,
+    }  # fmt: skip
     assert record["model"]["sha256"] == checkpoint.read(str(small_model(1))).sha256
     assert record["options"]["max_pixels"] == 100_000
     page = (output / "_restore/report.html").read_text()
@@ -646,6 +678,64 @@ def test_only_chosen_damages_are_repaired(tmp_path: Path, run: Run) -> None:
         run(source, output, "faces", repair="noise,dust")
 
 
+def test_a_folder_that_cannot_be_listed_hides_no_other(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = dict.fromkeys(("a.jpg", "closed/b.jpg", "z.jpg"), GOOD["a/tiny.jpg"])
+    source, output = write_tree(tmp_path / "in", files), tmp_path / "out"
+    scandir = os.scandir
+
+    def refusing(path: Any = ".") -> Any:
+        if str(path) == str(source / "closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    proof = verify_bucket.VerifyBucket(input=str(source), output=str(output))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refusing)
+        assert run(source, output) == 0
+        rows = assert_closed(output, {"a.jpg", "closed/", "z.jpg"})
+        assert {key for key, row in rows.items() if row.status == "failed"} == {"closed/"}
+        assert rows["closed/"].error == "read"  # its workers, in which nothing is patched, could list it
+        assert verify_bucket.main(proof) == 0
+    assert run(source, output) == 0
+    assert files_of(output).keys() == files.keys()
+    assert verify_bucket.main(proof) == 0
+
+    (source / "closed/b.jpg").rename(source / "closed/b.parquet")
+    for key in ("a.jpg", "z.jpg"):
+        (source / key).unlink()
+    monkeypatch.setattr(os, "scandir", refusing)
+    (source / "c.parquet").write_bytes(b"")
+    with pytest.raises(StorageError, match=r"cannot list .*/closed/; fix its permissions or move it away"):
+        run(source, output)
+
+
+def test_a_ledger_that_does_not_close_is_told(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where rows of objects that are gone make up for the number."""
+    old = {f"old {index}.jpg": GOOD["a/tiny.jpg"] for index in range(3)}
+    source, output = write_tree(tmp_path / "in", old), tmp_path / "out"
+    assert run(source, output) == 0
+    for key in old:
+        (source / key).unlink()
+    write_tree(source, {f"{index}.jpg": GOOD["a/tiny.jpg"] for index in range(3)})
+    append = Ledger.append
+
+    def losing(self: Ledger, rows: list[Row]) -> None:
+        append(self, [row for row in rows if row.key != "1.jpg"])
+
+    monkeypatch.setattr(Ledger, "append", losing)
+    assert run(source, output) == 1
+    told = "stopped: the ledger does not close: of 3 objects 3 have a row, and of the 3 rows of this run 2 are written"
+    assert told in capsys.readouterr().out
+    assert json.loads((output / "_restore/run.json").read_text())["stopped"].startswith("the ledger does not close")
+    monkeypatch.undo()
+    assert run(source, output) == 0
+    assert verify_bucket.main(verify_bucket.VerifyBucket(input=str(source), output=str(output))) == 0
+
+
 def test_too_many_failures_are_exit_code_1(tree: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
     source, output = tree
     shutil.copytree(output, tmp_path / "out")
@@ -661,6 +751,7 @@ def test_a_hopeless_run_is_stopped_with_a_verdict(
 ) -> None:
     from restore_core.pipelines import account
 
+    assert account.VERDICT_ROWS == 1000 and RestoreBucket(input="a", output="b").max_failed_share == 0.5
     monkeypatch.setattr(account, "VERDICT_ROWS", 8)
     files = {f"{index:02}.jpg": b"?" if index < 30 else GOOD["a/tiny.jpg"] for index in range(40)}
     source, output = write_tree(tmp_path / "in", files), tmp_path / "out"
@@ -696,6 +787,15 @@ def test_what_would_change_too_much_is_not_written(tmp_path: Path, run: Run) -> 
     assert {key: row.change for key, row in rows.items()} == changes
     assert run(source, output) == 0  # another option, so all of it is done again
     assert {row.status for row in assert_closed(output, set(keys)).values()} == {"restored"}
+    # What the run before has written is not left there, except of a version of the photograph that there is no more.
+    replaced = sorted(kept)[0]
+    time.sleep(0.01)
+    (source / replaced).write_bytes(GOOD[replaced])
+    former = (output / replaced).read_bytes()
+    assert run(source, output, max_change=limit, max_failed_share=1) == 0
+    assert {key for key, row in ledger_of(output).items() if row.status == "failed"} == kept
+    assert files_of(output).keys() == set(keys) - kept | {replaced}
+    assert (output / replaced).read_bytes() == former
 
 
 def test_undamaged_photographs_are_copied_byte_for_byte(tmp_path: Path, run: Run) -> None:
@@ -853,6 +953,110 @@ def test_renamed_files_of_a_dataset_do_not_cost_each_other(tmp_path: Path, run: 
     assert run(source, output) == 0
     assert sorted(path.name for path in output.glob("*.parquet")) == ["b.parquet", "part-1.parquet"]
     assert verify_bucket.main(verify_bucket.VerifyBucket(input=str(source), output=str(output))) == 0
+
+
+def proof(source: Path, output: Path) -> int:
+    return verify_bucket.main(verify_bucket.VerifyBucket(input=str(source), output=str(output)))
+
+
+def test_rows_that_have_left_a_dataset_are_not_believed_when_they_come_back(tmp_path: Path, run: Run) -> None:
+    table, source, output = dataset_table(4), tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    latest, former = source / "latest.parquet", tmp_path / "former.parquet"
+    pq.write_table(table.slice(0, 2), latest)
+    assert run(source, output) == 0
+    written = (output / "latest.parquet").read_bytes()
+    latest.rename(former)
+    pq.write_table(table.slice(2), latest)
+    assert run(source, output) == 0
+    assert sorted(ledger_of(output)) == sorted(table["key"].to_pylist()[2:]) and proof(source, output) == 0
+    former.rename(latest)  # the same version
+    assert run(source, output) == 0
+    assert pq.read_table(output / "latest.parquet").equals(pq.read_table(pa.BufferReader(written)))
+    assert proof(source, output) == 0 and not list((output / "_restore/begun").glob("*"))
+
+
+def test_a_killed_run_does_not_make_them_believed_either(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After it has written over a shard, and before a row says so: of keys that have left, and of those that moved."""
+    table, source, output = dataset_table(6), tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    pq.write_table(table.slice(0, 4), source / "a.parquet")
+    assert run(source, output) == 0
+    written = pq.read_table(output / "a.parquet")
+    (source / "a.parquet").rename(tmp_path / "former.parquet")
+    pq.write_table(table.slice(4), source / "a.parquet")
+    pq.write_table(table.slice(0, 2), source / "b.parquet")
+
+    class Killed(BaseException):
+        pass
+
+    append = Ledger.append
+
+    def killed(self: Ledger, rows: list[Row]) -> None:
+        if self._folder != "begun":
+            raise Killed
+        append(self, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "append", killed)
+        with pytest.raises(Killed):
+            run(source, output)
+    assert not pq.read_table(output / "a.parquet").equals(written)
+    (source / "b.parquet").unlink()
+    (tmp_path / "former.parquet").rename(source / "a.parquet")
+    assert run(source, output) == 0
+    assert pq.read_table(output / "a.parquet").equals(written)
+
+
+def test_a_dataset_that_is_exported_anew_leaves_no_second_copy(tmp_path: Path, run: Run) -> None:
+    """With a row less, and in two row groups."""
+    table, source, output = dataset_table(5), tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    pq.write_table(table, source / "a.parquet")
+    assert run(source, output) == 0
+    pq.write_table(table.slice(0, 4), source / "a.parquet", row_group_size=2)
+    assert run(source, output) == 0
+    assert sorted(path.name for path in output.glob("*.parquet")) == ["a-00000.parquet", "a-00001.parquet"]
+    assert ledger_of(output).keys() == set(table["key"].to_pylist()[:4]) and proof(source, output) == 0
+    # What was made of rows that have left the input, or of a file, stays where nothing of it is there twice.
+    pq.write_table(table.slice(0, 1), source / "a.parquet")
+    assert run(source, output) == 0
+    assert sorted(path.name for path in output.glob("*.parquet")) == ["a-00001.parquet", "a.parquet"]
+    assert len(ledger_of(output)) == 3 and proof(source, output) == 0
+    (source / "a.parquet").unlink()
+    pq.write_table(table.slice(4), source / "day 2.parquet")
+    assert run(source, output) == 0
+    names = ["a-00001.parquet", "a.parquet", "day 2.parquet"]
+    assert sorted(path.name for path in output.glob("*.parquet")) == names
+    assert len(ledger_of(output)) == 4 and proof(source, output) == 0
+
+
+def test_a_shard_stays_while_there_is_no_other_of_its_rows(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from restore_core.pipelines import restoration
+
+    table, source, output = dataset_table(3), tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    pq.write_table(table, source / "a.parquet")
+    assert run(source, output) == 0
+    (source / "a.parquet").rename(source / "b.parquet")
+
+    def lost(wave: Any, plan: Any, actors: int, options: Any, account: Any) -> None:
+        account.done.clear()
+        for row in wave.rows.values():
+            row.fail("read", "no connection")
+        account.add(list(wave.rows.values()))
+        account.flush()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(restoration, "_restore_wave", lost)
+        assert run(source, output, max_failed_share=1) == 0
+    assert [path.name for path in output.glob("*.parquet")] == ["a.parquet"]
+    assert run(source, output, retry_failed="read") == 0
+    assert "b.parquet" in [path.name for path in output.glob("*.parquet")]
 
 
 def test_the_hugging_face_layout_passes_through(tmp_path: Path, run: Run) -> None:
@@ -1045,11 +1249,11 @@ def test_broken_codecs_cost_only_their_objects(tmp_path: Path, run: Run, monkeyp
             return rows.set_column(rows.schema.get_field_index("node"), "node", pa.array([pid] * len(rows)))
 
     monkeypatch.setattr(restoration, "RestoreUnit", Broken)
-    expected = {"hang": "decode", "crash": "decode", "killed": "out_of_memory"}
+    expected = {"hang": "decode", "crash": "decode", "killed": "out_of_memory", "eat": "out_of_memory"}
     files = {f"{index}.jpg": GOOD["a/tiny.jpg"] for index in range(5)}
     files |= {f"{name}.jpg": name.encode() for name in expected}
     source = write_tree(tmp_path / "in", files)
-    assert run(source, tmp_path / "out", batch_size=3, workers="1") == 0
+    assert run(source, tmp_path / "out", batch_size=3, workers="1", max_megapixels=0.1) == 0
     rows = assert_closed(tmp_path / "out", set(files))
     failed = {row.key.removesuffix(".jpg"): row.error for row in rows.values() if row.status == "failed"}
     assert failed == expected

@@ -289,6 +289,36 @@ def test_a_bucket_where_everything_happens(
     assert_like_a_quiet_run(jobs, proxy, moto_client, files, tmp_path / "report.json")
 
 
+@pytest.mark.faults
+def test_parquet_of_a_bucket_where_everything_happens(
+    proxy: FaultProxy, moto_client: "S3Client", jobs: Jobs, tmp_path: Path
+) -> None:
+    """Read by Arrow, written by boto3."""
+    images = [encoded(number, 120, 160) for number in range(60)]
+    file = pa.BufferOutputStream()
+    keys = [f"{number:02}" for number in range(60)]
+    pq.write_table(pa.table({"key": keys, "image": images}), file, row_group_size=10)
+    fill(moto_client, {"a.parquet": file.getvalue().to_pybytes()})
+    kinds: tuple[Kind, ...] = ("slow_down", "error", "refused", "lost_answer", "reset", "truncated", "short")
+    proxy.set(*(Fault(kind=kind, share=0.06) for kind in kinds))
+    put = "--storage-class", "STANDARD_IA", "--kms-key", "alias/a"
+    result = jobs.restore("s3://photos/raw", "s3://photos/out", *put)
+    print(f"{proxy.injected}, {sum(proxy.requests.values())} requests, {result.out}")
+    assert result.code == 0, result.err
+    assert proxy.injected.total() > 20 and all(proxy.injected[kind] for kind in ("slow_down", "error", "reset"))
+    rows, faulty = ledger(moto_client, "out/"), stored(moto_client, "out/")
+    assert sorted(rows) == keys and failures(rows) == {}
+    for item in moto_client.list_objects_v2(Bucket="photos", Prefix="out/a")["Contents"]:
+        head = moto_client.head_object(Bucket="photos", Key=item["Key"])
+        assert (head["StorageClass"], head["SSEKMSKeyId"]) == ("STANDARD_IA", "alias/a"), item["Key"]
+    proxy.set()
+    assert jobs.restore("s3://photos/raw", "s3://photos/quiet").code == 0
+    assert sorted(faulty) == [f"a-{group:05}.parquet" for group in range(6)]
+    assert stored(moto_client, "quiet/") == faulty
+    assert not moto_client.list_multipart_uploads(Bucket="photos").get("Uploads")
+    assert jobs.findings("s3://photos/raw", "s3://photos/out", tmp_path / "report.json") == []
+
+
 # --- Access --------------------------------------------------------------------------------------------------------
 
 
@@ -446,6 +476,8 @@ def test_hostile_names(proxy: FaultProxy, moto_client: "S3Client", jobs: Jobs, t
     }
     assert rows.keys() == set(files)
     assert failures(rows) == {**dict.fromkeys(NO_PHOTOGRAPHS, "not_an_image"), **dict.fromkeys(NOT_ON_DISK, "write")}
+    assert jobs.restore(disk, "s3://photos/back").code == 0
+    assert failures(assert_closed(moto_client, "back/", set(NAMES))) == {}
     for name in NOT_ON_DISK:
         message = str(rows[name].message)
         assert "\n" not in message and "not allowed in the local folder" in message

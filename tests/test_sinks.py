@@ -161,7 +161,44 @@ def test_what_held_little_may_be_restored_to_that(name: str, damage: str) -> Non
     """What a perfect network would make of it is written."""
     image = legitimate()[name]
     before = damaged(image, **DAMAGES[damage])
-    assert sinks.nothing_left(sinks.compare(before, image), before, image) is None
+    for patches in (DAMAGES[damage].get("area", 0.0), None):
+        assert sinks.nothing_left(sinks.compare(before, image), before, image, patches) is None
+
+
+def letter() -> Pixels:
+    image = Image.new("RGB", (640, 480), "white")
+    for line in range(20):
+        ImageDraw.Draw(image).text(
+            (40, 40 + 16 * line),
+            "Lorem ipsum dolor sit amet, consectetur adipiscing elit, sed do eiusmod tempor",
+            fill=(40, 40, 40),
+        )
+    return np.asarray(image)
+
+
+def mist() -> Pixels:
+    """Hardly anything: a hill in it, 6 steps of 255 darker."""
+    image = np.full((200, 300, 3), 150, np.uint8)
+    image[120:170, 60:140] -= 6
+    return image
+
+
+@pytest.mark.parametrize(
+    "before", [letter(), mist(), line_art(), 255 - line_art()], ids=["letter", "mist", "art", "negative"]
+)
+@pytest.mark.parametrize("colour", [0, 77, 150, 255])
+@pytest.mark.parametrize("damage", ["clean", "noise 10", "JPEG"])
+def test_what_held_a_little_does_not_come_back_empty(before: Pixels, colour: int, damage: str) -> None:
+    result = np.full_like(before, colour)
+    if damage == "noise 10":
+        before = damaged(before, sigma_255=10)
+    elif damage == "JPEG":
+        file = io.BytesIO()
+        Image.fromarray(before).save(file, "JPEG", quality=50)
+        before = codec.decode(file.getvalue()).pixels
+    assert (
+        sinks.nothing_left(sinks.compare(before, result), before, result, 0.0) == "the network returned one flat colour"
+    )
 
 
 def test_tiny_pictures_may_be_of_one_colour_but_not_of_any() -> None:

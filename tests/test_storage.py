@@ -24,6 +24,7 @@ from restore_core import storage
 from restore_core.errors import ItemError, StorageError, UsageError
 from restore_core.storage import (
     LocalStorage,
+    Object,
     S3Storage,
     Storage,
     open_storage,
@@ -351,6 +352,33 @@ def test_denied_places_are_named_even_for_root(folder: LocalStorage, monkeypatch
     monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(StorageError, match=r"cannot list .*/photos/closed: Permission denied; fix its permissions"):
         list(folder.list())
+    assert [item.key for item in folder.list(unreadable=True)] == ["closed/"]
+    assert "photos/closed/: Permission denied" in fails("denied", folder.read_version, Object("closed/", 0, ""))
+    monkeypatch.undo()  # since it was listed
+    assert "its files are not listed yet" in fails("read", folder.read_version, Object("closed/", 0, ""))
+    fails("vanished", folder.read_version, Object("gone/", 0, ""))
+    for outside in ("../closed/", "/"):
+        fails("read", folder.read_version, Object(outside, 0, ""))
+
+
+def test_a_file_that_cannot_be_looked_at_hides_no_other(folder: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("a.jpg", "b.jpg", "c/d.jpg"):
+        folder.write(key, b"x")
+    stat = os.stat
+
+    def failing(path: str, *arguments: object, **more: object) -> os.stat_result:
+        if str(path).endswith("b.jpg"):
+            raise OSError(5, "Input/output error", str(path))
+        return stat(path, *arguments, **more)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(os, "stat", failing)
+    with pytest.raises(StorageError, match=r"cannot list .*/b.jpg: Input/output error"):
+        list(folder.list())
+    assert [(item.key, item.size) for item in folder.list(unreadable=True)] == [
+        ("a.jpg", 1),
+        ("b.jpg", 0),
+        ("c/d.jpg", 1),
+    ]
 
 
 def test_overlaps_sees_through_links_and_dots(folder: LocalStorage, tmp_path: Path) -> None:

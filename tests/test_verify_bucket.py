@@ -80,6 +80,12 @@ def test_each_fault_is_named(tmp_path: Path, restore: Restore, capsys: pytest.Ca
     assert restore(source, output) == 0
     assert findings(source, output, report) == {("extra", "album/stranger.png")}
 
+    # What was deleted here and there is missed by nobody.
+    names[0].unlink()
+    assert findings(source, output, report) == {("extra", "album/stranger.png"), ("missing", "album/0 é&.png")}
+    (source / "album/0 é&.png").unlink()
+    assert findings(source, output, report) == {("extra", "album/stranger.png")}
+
 
 def test_an_interrupted_restore_is_told_apart_from_a_finished_one(tmp_path: Path, restore: Restore) -> None:
     source, output, report = write_tree(tmp_path / "in", FILES), tmp_path / "out", tmp_path / "report.json"

@@ -264,7 +264,9 @@ def _decoding(data: bytes) -> Iterator[None]:
     try:
         yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ItemError("too_large", one_line(f"{error}; raise --max-megapixels")) from error
+        raise ItemError(
+            "too_large", one_line(f"{error}; raise --max-megapixels, with --retry-failed too_large")
+        ) from error
     except MemoryError as error:
         raise ItemError("out_of_memory", "not enough memory to decode the picture; lower the pixel budget") from error
     except BROKEN_FILE as error:

@@ -16,7 +16,10 @@ _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 
 
 def too_large(what: str, max_pixels: int) -> ItemError:
-    return ItemError("too_large", f"{what} are over the budget of {max_pixels} pixels; raise --max-megapixels")
+    return ItemError(
+        "too_large",
+        f"{what} are over the budget of {max_pixels} pixels; raise --max-megapixels, with --retry-failed too_large",
+    )
 
 
 def split(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> list[bytes]:

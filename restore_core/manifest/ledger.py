@@ -25,6 +25,11 @@ SMALL_FILES = 64
 """So many appended files are made one stream of files, and so many of those streams one."""
 _ORDER = "attempt", "finished_at"
 """Of a key's rows the last one counts: attempts are counted from run to run, while clocks of workers may differ."""
+_MOVED_AWAY = {
+    "begun": "run jobs/verify_bucket.py after the restore: an interrupted one may have written over what it tells of",
+    "listed": "what it tells of is listed again",
+}
+"""What then, where it is not the ledger itself."""
 _PART = re.compile(r"part-(\d+)-(.+)\.parquet")
 """Parts with the same second half follow each other, as the result of one merge."""
 
@@ -40,6 +45,7 @@ class Ledger:
 
     def __init__(self, output: Storage, run_id: str, folder: str = "manifest") -> None:
         self._files = output.child(f"{FOLDER}/{folder}")
+        self._folder = folder
         self._run_id = run_id
         self._written = 0
         self._streams: list[set[str]] = []
@@ -59,13 +65,18 @@ class Ledger:
         """The same in one table, for a ledger that memory holds. Raises StorageError."""
         return pa.concat_tables([SCHEMA.empty_table(), *self.rows()])
 
-    def superseded(self) -> set[str]:
-        """The output keys that only rows name which do not count any more. After a merge there are none."""
-        ever, now = set(), set()
+    def outputs(self) -> tuple[set[str], set[str]]:
+        """The output keys of rows that do not count any more (after a merge there are none), and of those that do.
+
+        One that both kinds name is in both.
+        """
+        former, now = set(), set()
         for window in self._windows(self._found(), ["key", *_ORDER, "output_key"]):
-            ever.update(window["output_key"].to_pylist())
-            now.update(_latest(window)["output_key"].to_pylist())
-        return ever - now - {None}
+            ordered = _ordered(window)
+            last = _last_of_keys(ordered)
+            former.update(ordered.filter(pc.invert(last))["output_key"].to_pylist())
+            now.update(ordered.filter(last)["output_key"].to_pylist())
+        return former - {None}, now - {None}
 
     def merge(self, choose: Callable[[Iterator[pa.Table]], Iterator[pa.Table]] = iter) -> int:
         """Make exactly one row a key, in few files, of those that `choose` leaves.
@@ -154,10 +165,9 @@ class Ledger:
                     yield file.read_row_group(group, columns)
             except (pa.ArrowException, OSError) as error:
                 place = self._files.join(item.key)
-                raise StorageError(
-                    f"the ledger cannot be read: {place} is damaged ({one_line(str(error))}); move it away, and what "
-                    "it tells of is done again"
-                ) from error
+                advice = _MOVED_AWAY.get(self._folder.partition("/")[0], "what it tells of is done again")
+                reason = f"{place} is damaged ({one_line(str(error))})"
+                raise StorageError(f"the ledger cannot be read: {reason}; move it away, and {advice}") from error
 
     def _write(self, key: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()
@@ -199,9 +209,15 @@ def _windows(streams: list[Iterator[pa.Table]]) -> Iterator[pa.Table]:
 
 def _latest(table: pa.Table) -> pa.Table:
     """Sorted by key, of each key the row that counts."""
-    table = table.sort_by([(name, "ascending") for name in ("key", *_ORDER)])
-    keys = table["key"].combine_chunks()
-    if len(keys) < 2:
-        return table
+    table = _ordered(table)
+    return table.filter(_last_of_keys(table))
+
+
+def _ordered(table: pa.Table) -> pa.Table:
+    return table.sort_by([(name, "ascending") for name in ("key", *_ORDER)])
+
+
+def _last_of_keys(ordered: pa.Table) -> pa.BooleanArray:
+    keys = ordered["key"].combine_chunks()
     last = pc.not_equal(keys[:-1], keys[1:])
-    return table.filter(pa.concat_arrays([pa.array(last), pa.array([True])]))
+    return pa.concat_arrays([pa.array(last), pa.array([True] * min(1, len(keys)), pa.bool_())])

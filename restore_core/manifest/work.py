@@ -122,7 +122,7 @@ def compare(
 
 
 def unanswered(begun: Iterable[pa.Table], done: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Of what was begun again, that of which there is no row of that attempt yet.
+    """Of what was begun again, that of which there still is a row of an earlier attempt.
 
     Args:
         begun: rows, sorted by key.
@@ -131,7 +131,8 @@ def unanswered(begun: Iterable[pa.Table], done: Iterable[pa.Table]) -> Iterator[
     attempts: Sorted[int] | None = None
     for table in begun:
         attempts = attempts or Sorted((pair for rows in done for pair in _pairs(rows)), "the ledger")
-        yield table.filter(pa.array([(attempts.get(key) or 0) < attempt for key, attempt in _pairs(table)], pa.bool_()))
+        found = ((attempts.get(key), attempt) for key, attempt in _pairs(table))
+        yield table.filter(pa.array([done is not None and done < attempt for done, attempt in found], pa.bool_()))
 
 
 def _pairs(table: pa.Table) -> Iterator[tuple[str, int]]:

@@ -1,13 +1,16 @@
 """Rows as they come from the actors: into the ledger in time, onto the terminal in short, and a verdict on the run."""
 
+import contextlib
 import logging
 import threading
 import time
+from collections.abc import Callable
 
 import ray.data
 from ray.data._internal.execution import backpressure_policy
 
 from restore_core import manifest
+from restore_core.errors import ItemError
 from restore_core.lease import Lease
 from restore_core.manifest import Ledger, Overview, Row
 from restore_core.pipelines import cluster
@@ -55,9 +58,12 @@ class Account:
     Args:
         max_failed_share: when more of what is done has failed, `add` raises Stopped, but not before
             `VERDICT_ROWS` are done.
+        refuse: takes an output away; called for what an earlier run has written and this one would not.
     """
 
-    def __init__(self, ledger: Ledger, lease: Lease, overview: Overview, max_failed_share: float) -> None:
+    def __init__(
+        self, ledger: Ledger, lease: Lease, overview: Overview, max_failed_share: float, refuse: Callable[[str], None]
+    ) -> None:
         self.listed = 0
         """Objects listed until now."""
         self.total = 0
@@ -68,6 +74,9 @@ class Account:
         """Objects done."""
         self.done: set[str] = set()
         """The keys of those of this wave."""
+        self.refusable: set[str] = set()
+        """Keys of this wave whose output can be made again: it is of the same version of the object."""
+        self._refuse = refuse
         self._lease = lease
         self._ledger = ledger
         self._overview = overview
@@ -94,6 +103,9 @@ class Account:
             elif row.key not in self.done:
                 self.done.add(row.key)
                 self.count += 1
+                if row.error == "model" and row.key in self.refusable:
+                    with contextlib.suppress(ItemError):  # then it is what jobs/verify_bucket.py calls extra
+                        self._refuse(row.key)
                 self._waiting.append(row)
                 self._overview.add(row)
                 self._failed += row.status == "failed"
@@ -113,6 +125,7 @@ class Account:
 
     def flush(self) -> None:
         if self._waiting:
+            self._lease.check()  # or they would stand beside those of another run, which may have done them anew
             _writing.set()
             try:
                 self._ledger.append(self._waiting)

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from restore_core import manifest, sources
-from restore_core.errors import ItemError, UsageError
+from restore_core.errors import ItemError, StorageError, UsageError
 from restore_core.key_list import read_key_list
 from restore_core.manifest import Ledger, Row
-from restore_core.storage import Object, Storage
+from restore_core.storage import Object, Storage, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,8 @@ class Input:
 class Listed:
     """What a run has listed until now, kept in OUTPUT/_restore/listed until it has accounted for all of it.
 
-    A listing of hundreds of millions takes hours; one that was interrupted can go on where it ended.
+    A listing of hundreds of millions takes hours; one that was interrupted can go on where it ended. The first row of
+    each note says (in `message`) behind which key it begins, so that a note that is missing is not passed over.
 
     Args:
         resume: go on from what an earlier run has noted; else list all of it again.
@@ -141,18 +142,31 @@ class Listed:
     def __iter__(self) -> Iterator[Object]:
         last = ""
         if self._resume:
-            for table in self._ledger.rows(("key", "size", "etag")):
-                for values in zip(*(column.to_pylist() for column in table.columns), strict=True):
-                    yield Object(*values)
-                last = table["key"][-1].as_py()
+            for item in self._noted():
+                yield item
+                last = item.key
             logger.info("the listing goes on after %r", last)
         fresh: list[Row] = []
-        for item in self._storage.list(after=last):
-            fresh.append(Row(key=item.key, size=item.size, etag=item.etag, model="", options="", run_id=""))
+        for item in self._storage.list(after=last, unreadable=True):
+            behind = None if fresh else last
+            fresh.append(
+                Row(key=item.key, size=item.size, etag=item.etag, model="", options="", run_id="", message=behind)
+            )
             if self._begun and len(fresh) >= NOTED_OBJECTS:
                 self._ledger.append(fresh)
                 fresh = []
+                last = item.key
             yield item
+
+    def _noted(self) -> Iterator[Object]:
+        """What has been noted without a gap."""
+        last = ""
+        for table in self._ledger.rows(("key", "size", "etag", "message")):
+            for key, size, etag, behind in zip(*(column.to_pylist() for column in table.columns), strict=True):
+                if behind not in ((None, last) if last else ("",)):
+                    return
+                yield Object(key, size, etag)
+                last = key
 
 
 def list_input(storage: Storage, keys: str | None = None, listing: Iterable[Object] | None = None) -> Input:
@@ -167,7 +181,7 @@ def list_input(storage: Storage, keys: str | None = None, listing: Iterable[Obje
     if keys is not None:
         listing = read_key_list(keys, storage)
     elif listing is None:
-        listing = storage.list()
+        listing = storage.list(unreadable=True)
 
     def version(item: Object) -> Object:
         try:
@@ -180,13 +194,15 @@ def list_input(storage: Storage, keys: str | None = None, listing: Iterable[Obje
     head: list[Object] = []
     for item in objects:
         head.append(item)
-        if not sources.is_internal(item.key) and not item.key.endswith(".parquet"):
+        if not sources.is_internal(item.key) and not item.key.endswith((".parquet", "/")):
             return Input(chain(head, objects), None, version)
     if not head:
         where = f"--input {storage.uri}" if keys is None else f"--keys {keys}"
         raise UsageError(f"{where}: no files there; check the path or prefix")
     # Without what jobs/pack_dataset.py says about a dataset.
     if dataset := [item for item in head if not sources.is_internal(item.key)]:
+        for folder in (item for item in dataset if item.key.endswith("/")):
+            raise StorageError(f"cannot list {one_line(storage.join(folder.key))}; fix its permissions or move it away")
         groups = RowGroups(list(_row_groups(storage, dataset)))
         groups.check(storage.uri)
         return Input(groups.objects(), groups)

@@ -37,12 +37,13 @@ class Storage(Protocol):
     def only(self) -> str | None:
         """The single key to list, when the storage was opened on one file instead of a folder."""
 
-    def list(self, prefix: str = "", after: str = "") -> Iterator[Object]:
+    def list(self, prefix: str = "", after: str = "", *, unreadable: bool = False) -> Iterator[Object]:
         """Yield the objects whose key starts with `prefix`, recursively, lazily, in the order of their keys.
 
         Only those that come behind the key `after`, if that is given.
 
-        Nothing there yields nothing. Raises StorageError, naming the place, when it cannot be listed.
+        Nothing there yields nothing. Raises StorageError, naming the place, when it cannot be listed; with `unreadable`
+        a file or folder (KEY/) below the root that cannot be looked at is an object too, and reading it says why.
         """
 
     def read(self, key: str) -> bytes:

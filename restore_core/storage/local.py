@@ -48,10 +48,13 @@ class LocalStorage:
     def uri(self) -> str:
         return key_of(str(self.root))
 
-    def list(self, prefix: str = "", after: str = "") -> Iterator[Object]:
+    def list(self, prefix: str = "", after: str = "", *, unreadable: bool = False) -> Iterator[Object]:
         """See `Storage`. Symbolic links to folders are not followed; links to files are listed like files."""
-        for key, path in self._files(prefix):
+        for key, path in self._files(prefix, unreadable):
             if key <= after or _is_temporary(key):
+                continue
+            if key.endswith("/"):
+                yield Object(key, 0, "")
                 continue
             try:
                 stat = os.stat(path)  # noqa: PTH116  half the time of Path's
@@ -60,9 +63,9 @@ class LocalStorage:
             except OSError as error:
                 if error.errno in (errno.ELOOP, errno.ENOTDIR):  # a link that leads nowhere, too
                     continue
-                if not (isinstance(error, PermissionError) and Path(path).is_symlink()):
+                if not (unreadable or (isinstance(error, PermissionError) and Path(path).is_symlink())):
                     raise StorageError(one_line(f"cannot list {self.join(key)}: {error.strerror}")) from error
-                yield Object(key, 0, _etag(os.lstat(path)))  # reading it says what is wrong
+                yield Object(key, 0, "")  # reading it says what is wrong
                 continue
             if S_ISREG(stat.st_mode):
                 yield Object(key, stat.st_size, _etag(stat))
@@ -79,8 +82,11 @@ class LocalStorage:
                     if max(stat.st_mtime, stat.st_ctime) < before:
                         Path(path).unlink()
 
-    def _files(self, prefix: str) -> Iterator[tuple[str, str]]:
-        """Keys and paths of all that is no folder, in the order of the keys. Of each open folder it holds the names."""
+    def _files(self, prefix: str, unreadable: bool = False) -> Iterator[tuple[str, str]]:
+        """Keys and paths of all that is no folder, in the order of the keys. Of each open folder it holds the names.
+
+        With `unreadable` also folders that cannot be listed, whose keys end in "/".
+        """
         folder, slash, start = prefix.rpartition("/")
         top = self._path(folder, "read") if folder else self.root
         folders = [(os.fspath(top), folder + slash, _names(top))]
@@ -93,9 +99,14 @@ class LocalStorage:
             key, path = above + name, f"{place}/{name.removesuffix('/').translate(_FROM_KEY)}"
             if self.only not in (None, key) or not key.startswith(folder + slash + start):
                 continue
-            if key.endswith("/"):
+            if not key.endswith("/"):
+                yield key, path
+                continue
+            try:
                 folders.append((path, key, _names(path)))
-            else:
+            except StorageError:
+                if not unreadable:
+                    raise
                 yield key, path
 
     def read(self, key: str) -> bytes:
@@ -104,6 +115,11 @@ class LocalStorage:
 
     def read_version(self, item: Object) -> tuple[bytes, Object]:
         with _os_errors("read", self.join(item.key)):
+            if item.key.endswith("/"):  # a folder that could not be listed
+                with os.scandir(self._path(item.key.removesuffix("/"), "read")):
+                    raise ItemError(
+                        "read", one_line(f"cannot read {self.join(item.key)}: its files are not listed yet")
+                    )
             for _ in range(VERSION_TRIES):
                 with self._path(item.key, "read").open("rb") as file:
                     before, data, after = os.fstat(file.fileno()), file.read(), os.fstat(file.fileno())

@@ -77,8 +77,8 @@ class S3Storage:
         """Return the key in the bucket. Any text is a legal key: it is neither cleaned nor decoded."""
         return f"{self.prefix}/{key}" if self.prefix else key
 
-    def list(self, prefix: str = "", after: str = "") -> Iterator[Object]:
-        """See `Storage`. Folder markers (empty objects whose key ends in "/") are left out."""
+    def list(self, prefix: str = "", after: str = "", *, unreadable: bool = False) -> Iterator[Object]:
+        """See `Storage`. Folder markers (empty objects whose key ends in "/") are left out; nothing is `unreadable`."""
         root = self.full_key("")
         try:
             behind = root + after if after else ""

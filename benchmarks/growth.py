@@ -2,8 +2,9 @@
 """Seconds and the driver's memory against the number of objects, on a listing of files that are not there.
 
 The whole restore job runs, on a local Ray, but each object ends as `vanished` when it is read: what is measured is what
-an object costs beside its pixels. Then it runs once more, with only the listing to hold against the ledger. Each in
-a process of its own.
+an object costs beside its pixels. Then it runs once more, with only the listing to hold against the ledger; and again
+with a ledger that says that all were restored, and as many (empty) files in the output, which is then listed too. Each
+number of objects in a process of its own.
 """
 
 import json
@@ -21,9 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs import command_line
 from restore_core import checkpoint, provenance
+from restore_core.manifest import Ledger, Row
 from restore_core.storage import LocalStorage, Object
 
 PER_FOLDER = 1000
+SIZE = 12_345
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +48,25 @@ class Listing(LocalStorage):
 
     def list(self, prefix: str = "", after: str = "", *, unreadable: bool = False) -> Iterator[Object]:
         for index in range(self.count):
-            key = f"collection-{index // PER_FOLDER:05d}/photograph of the year {index % PER_FOLDER:04d}.jpg"
-            if key > after:
-                yield Object(key, 12_345, f"{index:032x}")
+            if key_of(index) > after:
+                yield Object(key_of(index), SIZE, etag_of(index))
+
+
+def key_of(index: int) -> str:
+    return f"collection-{index // PER_FOLDER:05d}/photograph of the year {index % PER_FOLDER:04d}.jpg"
+
+
+def etag_of(index: int) -> str:
+    return f"{index:032x}"
+
+
+def restored(index: int, model: str, options: str) -> Row:
+    return Row(
+        key=key_of(index), status="restored", size=SIZE, etag=etag_of(index), input_sha256=f"{index:064x}",
+        format="JPEG", mode="RGB", width=250, height=250, output_key=key_of(index), output_sha256=f"{index:064x}",
+        model=model, options=options, sigma=25.0, flips=0.1, patches=0.1, gray=0.0, change=9.5, seconds=0.1,
+        node="worker", run_id="growth", finished_at=datetime.now(UTC),
+    )  # fmt: skip
 
 
 def peak_mb(*, reset: bool = False) -> float:
@@ -93,6 +112,20 @@ def measure(job: Growth) -> dict[str, float]:
                     sum(file.stat().st_size for file in (root / "out").rglob("*.parquet")) / 2**20, 1
                 )
         result["files of the ledger"] = len(list((root / "out/_restore/manifest").iterdir()))
+        ledger = Ledger(LocalStorage(root / "all"), "growth")
+        for start in range(0, count, PER_FOLDER):
+            some = range(start, min(start + PER_FOLDER, count))
+            (root / "all" / key_of(start)).parent.mkdir(parents=True)
+            for index in some:
+                (root / "all" / key_of(index)).touch()
+            ledger.append([restored(index, model.sha256, options.identity()) for index in some])
+        ledger.merge()
+        peak_mb(reset=True)
+        started = time.perf_counter()
+        summary = restore(Listing(root / "in"), LocalStorage(root / "all"), model, options, ["growth"])
+        result["all restored before, s"] = round(time.perf_counter() - started, 2)
+        result["all restored before, driver MB"] = round(peak_mb())
+        assert summary.already_done == count
         result["before, driver MB"] = round(idle)
     return result
 
@@ -100,23 +133,17 @@ def measure(job: Growth) -> dict[str, float]:
 def account_rate(rows: int = 200_000, at_once: int = 128) -> float:
     """Rows a second that the driver can take from the workers and write down: the most that one job can do."""
     from restore_core.lease import Lease
-    from restore_core.manifest import Ledger, Overview, Row, rows_of, table_of
+    from restore_core.manifest import Overview, rows_of, table_of
     from restore_core.pipelines.account import Account
 
-    def row(index: int) -> Row:
-        key = f"collection-{index // PER_FOLDER:05d}/photograph of the year {index % PER_FOLDER:04d}.jpg"
-        return Row(
-            key=key, status="restored", size=12_345, etag=f"{index:032x}", input_sha256=f"{index:064x}", format="JPEG",
-            mode="RGB", width=250, height=250, output_key=key, output_sha256=f"{index:064x}", model="0" * 64,
-            options="0" * 16, sigma=25.0, flips=0.1, patches=0.1, gray=0.0, change=9.5, seconds=0.1, node="worker",
-            run_id="growth", finished_at=datetime.now(UTC),
-        )  # fmt: skip
+    def some(start: int) -> list[Row]:
+        return [restored(index, "0" * 64, "0" * 16) for index in range(start, start + at_once)]
 
-    tables = [table_of(map(row, range(start, start + at_once))) for start in range(0, rows, at_once)]
+    tables = [table_of(some(start)) for start in range(0, rows, at_once)]
     with tempfile.TemporaryDirectory() as folder:
         output = LocalStorage(Path(folder).resolve())
         with Lease(output, "_restore/lease.json", "growth") as lease:
-            account = Account(Ledger(output, "growth"), lease, Overview(), max_failed_share=1.0)
+            account = Account(Ledger(output, "growth"), lease, Overview(), 1.0, refuse=output.delete)
             started = time.perf_counter()
             for table in tables:
                 account.add(rows_of(table))

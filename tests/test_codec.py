@@ -361,13 +361,16 @@ def test_software_is_noted_without_any_exif(name: str) -> None:
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-@pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP", "AVIF", "MPO"])
 def test_stripping_keeps_profile_and_orientation(name: str, orientation: int) -> None:
     exif = exif_of_a_camera(orientation)
     source = image_of(name, "RGB", exif=exif, icc_profile=ICC, **xmp_for(name))
     image = opened(restored(source, strip_metadata=True))
-    assert dict(image.getexif()) == ({} if orientation == 1 else {274: orientation})
+    way_up = {} if orientation == 1 else {274: orientation}
+    assert dict(image.getexif()) == way_up
     assert image.info["icc_profile"] == ICC and "xmp" not in image.info and not image.getexif().get_ifd(34853)
+    image = opened(restored(source))
+    assert dict(image.getexif().get_ifd(34853)) and image.info["icc_profile"] == ICC and image.info["xmp"] == XMP
 
 
 @pytest.mark.parametrize("orientation", [1, 6])

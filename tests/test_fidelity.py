@@ -104,6 +104,7 @@ def kinds(height: int, width: int) -> dict[str, bytes]:
         "PNG, 16 bits": saved(Image.fromarray(smooth(height, width)[:, :, 0].astype(np.uint16) * 257), "PNG"),
         "TIFF, 16 bits": deep.getvalue(),
         "TIFF, CMYK": saved(image.convert("CMYK"), "TIFF"),
+        "JPEG": saved(image, "JPEG", quality=95, subsampling=0),
         "JPEG, CMYK": saved(image.convert("CMYK"), "JPEG", quality=95),
         "TIFF, LAB": saved(image.convert("LAB"), "TIFF"),
         "BMP": saved(image, "BMP"),

@@ -33,6 +33,7 @@ def test_a_million_objects(tmp_path: Path) -> None:
     (result,) = json.loads((tmp_path / "growth.json").read_text())["results"]
     assert result["first run, driver MB"] < 1000 and result["nothing left to do, driver MB"] < 1000
     assert result["nothing left to do, s"] < 60
+    assert result["all restored before, s"] < 60 and result["all restored before, driver MB"] < 1000
     assert result["first row, s"] < 60 < result["first run, s"], "it began when all was listed"
     assert result["files of the ledger"] == 1_000_000 / FILE_ROWS
 

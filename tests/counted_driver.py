@@ -3,10 +3,10 @@
     COUNTED_NOTES=FILE COUNTED_FLUSH_ROWS=200 [COUNTED_DEATH="before 2"] [COUNTED_LISTED=40] [COUNTED_NO_CUDA=1] \\
         python tests/counted_driver.py --input ...
 
-FILE gets a line with the key as each write begins. The ledger is appended to after so many rows, never by time. With
-COUNTED_DEATH the driver kills itself before or after (as soon as it has returned) the n-th time that this is done. So
-many objects as COUNTED_LISTED are listed before they are noted down. With COUNTED_NO_CUDA all goes as on GPUs, but for
-the network, which is on the CPU.
+FILE gets a line with the key as each write begins (of Parquet: with the shard's). The ledger is appended to after so
+many rows, never by time. With COUNTED_DEATH the driver kills itself before or after (as soon as it has returned) the
+n-th time that this is done. So many objects as COUNTED_LISTED are listed before they are noted down. With
+COUNTED_NO_CUDA all goes as on GPUs, but for the network, which is on the CPU.
 """
 
 import dataclasses
@@ -61,18 +61,23 @@ def noting(notes: Path) -> Callable[[], None]:
 
     def note_writes() -> None:
         from restore_core import sinks
+        from restore_core.pipelines import stages
 
         if hasattr(sinks.write, "noted"):
             return
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        write = sinks.write
+        file_of_notes = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        write, write_shard = sinks.write, stages.restore_row_group
+
+        def noted_shard(rows: list[Row], file: str, group: int, key: str, *others: Any) -> list[Row]:
+            os.write(file_of_notes, f"{key}\n".encode())
+            return write_shard(rows, file, group, key, *others)
 
         def noted(row: Row, *others: Any) -> None:
-            os.write(file, f"{row.key}\n".encode())
+            os.write(file_of_notes, f"{row.key}\n".encode())
             write(row, *others)
 
         noted.noted = True  # type: ignore[attr-defined]
-        sinks.write = noted
+        sinks.write, stages.restore_row_group = noted, noted_shard
 
     return note_writes
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from counted_driver import counted
@@ -262,6 +263,42 @@ def test_a_driver_that_is_killed_over_a_bucket(
     assert not place.exists("_restore/lease.json")
     assert "Uploads" not in moto_client.list_multipart_uploads(Bucket="photos")
     assert verify_bucket.main(VerifyBucket(input=source, output=output)) == 0
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("victim", ["driver", "actor"])
+def test_parquet_is_whole_after_a_kill(
+    tmp_path: Path, small_model: Models, again: Again, restored: dict[str, bytes], victim: str
+) -> None:
+    """Row groups are done again whole: no more of them than the actors had in hand, and one flush of the ledger."""
+    groups, rows = 20, FEW // 20
+    source, output, notes = tmp_path / "in", tmp_path / "out", Notes(tmp_path / "notes")
+    source.mkdir()
+    files = images(FEW)
+    table = pa.table({"key": list(files), "image": list(files.values()), "number": range(FEW)})
+    pq.write_table(table, source / "a.parquet", row_group_size=rows)
+    shards = Counter(f"a-{group:05}.parquet" for group in range(groups))
+    with started(tmp_path) as processes:
+        driver = start_few(processes, source, output, small_model(1), notes)
+        wait_for(lambda: driver.poll() is not None or notes.keys().total() >= groups // 2)
+        if victim == "driver":
+            kill(driver.pid)
+            assert killed(driver), processes.said(driver, "err")
+        else:
+            kill(descendants(driver.pid, "RestoreUnit")[0])
+            assert driver.wait(300) == 0, processes.said(driver, "err")
+        recorded = keys_of(ledger(output))
+        later = again(source, output)
+        processes.wait_until_gone()
+    done = Counter(f"a-{int(key[:4]) // rows:05}.parquet" for key in recorded)
+    assert set(done.values()) == {rows} and later == shards - Counter(done.keys())
+    twice = (notes.keys() + later).total() - groups
+    assert 0 <= twice <= 2 * FEW_ACTORS + FEW_FLUSH // rows
+    found = pa.concat_tables(pq.read_table(output / shard) for shard in sorted(shards))
+    assert found["key"].to_pylist() == list(files) and found["number"].to_pylist() == list(range(FEW))
+    assert dict(zip(files, found["image"].to_pylist(), strict=True)) == {key: restored[key] for key in files}
+    assert sorted(row["key"] for row in ledger(output)) == sorted(files)
+    assert verify_bucket.main(VerifyBucket(input=str(source), output=str(output))) == 0
 
 
 # --- All victims, everywhere ---------------------------------------------------------------------------------------

@@ -1281,8 +1281,9 @@ def halfway(source: Path, output: Path, model: Path, written: int) -> Iterator["
 
 
 def test_of_two_drivers_on_one_output_exactly_one_works(
-    tmp_path: Path, run: Run, many: Path, uninterrupted: dict[str, bytes], small_model: Models
-) -> None:
+    tmp_path: Path, run: Run, many: Path, uninterrupted: dict[str, bytes], small_model: Models,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     lease = tmp_path / "_restore/lease.json"
     with halfway(many, tmp_path, small_model(1), written=4) as process:
         with pytest.raises(UsageError, match=f"another restore is at work there .*process {process.pid}, since"):
@@ -1290,7 +1291,10 @@ def test_of_two_drivers_on_one_output_exactly_one_works(
         process.send_signal(signal.SIGSTOP)  # it lives, but cannot renew: the lease expires, and another takes it over
         owner = json.loads(lease.read_text())
         lease.write_text(json.dumps({**owner, "renewed": owner["renewed"] - 100}))
-        assert run(many, tmp_path, batch_size=4, workers="2") == 0
+        with monkeypatch.context() as patch:  # it is watched for so long, to see whether it is renewed
+            patch.setattr("restore_core.lease.EXPIRE_SECONDS", 6)
+            patch.setattr("restore_core.lease.RENEW_SECONDS", 1)
+            assert run(many, tmp_path, batch_size=4, workers="2") == 0
         process.send_signal(signal.SIGCONT)
         _, err = process.communicate(timeout=120)
         # It learns so when it next renews; if it is done before that, it has written the same bytes and rows.

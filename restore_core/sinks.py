@@ -1,6 +1,7 @@
 """Where restored photographs go: the encoded file, its atomic write, and the row that says so."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
@@ -32,9 +33,9 @@ LOCAL = 16
 STANDS_OUT, STANDS_OUT_STEPS = 4.0, 2.0
 """A square's mean does so from the others' where it is further away than so many times what noise of that square's own
 spread would bring it, and so many steps of 255 more."""
-SOME_SQUARES, PATCH_SQUARES = 0.02, 3.0
-"""So many of the squares of an empty page may do so by chance, and of those under patches, whose edges lie in further
-ones, so many times the patches' area."""
+SOME_SQUARES, MOST_PATCHES = 0.02, 5
+"""So many of the squares of an empty page may do so by chance, and all that so many patches touch, which are more than
+lie under them."""
 CLIPPED_SHARE = 0.99
 SAME, NEAR = 8, 32
 """Input values this far from the result's, of 255, may be the same but for a little or much noise."""
@@ -117,7 +118,7 @@ def nothing_left(difference: Difference, before: Pixels, after: Pixels, patches:
         return "the network returned nothing but black and white" if nothing else None
     if difference.flat and _variation(before) > VARIED and _share_within(SAME, before, after) < 0.5:
         return "the network returned one flat colour"
-    if difference.flat and patches is not None and _standing_out(before) > SOME_SQUARES + PATCH_SQUARES * patches:
+    if difference.flat and patches is not None and _standing_out(before) > SOME_SQUARES + _touched(patches, before):
         return "the network returned one flat colour"
     if difference.clipped > CLIPPED_SHARE and _share_within(NEAR, before, after) < 0.5:
         return "the network returned nothing but black and white"
@@ -147,6 +148,13 @@ def _variation(pixels: Pixels) -> float:
     means = np.concatenate([_local_means(band, *sides) for (band,) in _bands(pixels)])
     quarter, three_quarters = np.percentile(means, (25, 75), axis=0)
     return float((three_quarters - quarter).max())
+
+
+def _touched(patches: float, pixels: Pixels) -> float:
+    """Share of the squares of local means that patches which cover so much of the area can touch."""
+    area = pixels.shape[0] * pixels.shape[1]
+    # Of n patches of sides s_i each touches (s_i + 2 LOCAL)^2 at the most, and the sum of s_i^2 is known.
+    return (math.sqrt(patches * area) + 2 * LOCAL * math.sqrt(MOST_PATCHES)) ** 2 / area if patches else 0.0
 
 
 def _standing_out(pixels: Pixels) -> float:

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from restore_core import codec, sinks
 from restore_core.codec import Pixels
-from restore_core.degradations import Generator, degrade, fixed_damage
+from restore_core.degradations import Generator, degrade, fixed_damage, paint_patches
 from restore_core.errors import ItemError
 from restore_core.manifest import Row
 
@@ -163,6 +163,20 @@ def test_what_held_little_may_be_restored_to_that(name: str, damage: str) -> Non
     before = damaged(image, **DAMAGES[damage])
     for patches in (DAMAGES[damage].get("area", 0.0), None):
         assert sinks.nothing_left(sinks.compare(before, image), before, image, patches) is None
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (100, 150), (250, 250)])
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_an_empty_page_may_have_had_patches_of_any_size(size: tuple[int, int], count: int) -> None:
+    page = np.full((*size, 3), 245, np.uint8)
+    batch = torch.from_numpy(page).permute(2, 0, 1)[None]
+    for seed, area in enumerate([0.005, 0.01, 0.02, 0.05, 0.1, 0.25] * 3):
+        generator = Generator([seed])
+        strength = torch.tensor([area]), torch.tensor([count]), torch.tensor([False])
+        painted, _ = paint_patches(batch, *strength, generator)
+        before = painted[0].permute(1, 2, 0).contiguous().numpy()
+        share = float((before != page).any(axis=2).mean())
+        assert sinks.nothing_left(sinks.compare(before, page), before, page, share) is None, (area, share)
 
 
 def letter() -> Pixels:

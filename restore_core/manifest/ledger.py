@@ -65,18 +65,11 @@ class Ledger:
         """The same in one table, for a ledger that memory holds. Raises StorageError."""
         return pa.concat_tables([SCHEMA.empty_table(), *self.rows()])
 
-    def outputs(self) -> tuple[set[str], set[str]]:
-        """The output keys of rows that do not count any more (after a merge there are none), and of those that do.
-
-        One that both kinds name is in both.
-        """
-        former, now = set(), set()
+    def superseded(self) -> Iterator[pa.Table]:
+        """The rows that do not count any more, `key` and `output_key`, sorted by key. After a merge there are none."""
         for window in self._windows(self._found(), ["key", *_ORDER, "output_key"]):
             ordered = _ordered(window)
-            last = _last_of_keys(ordered)
-            former.update(ordered.filter(pc.invert(last))["output_key"].to_pylist())
-            now.update(ordered.filter(last)["output_key"].to_pylist())
-        return former - {None}, now - {None}
+            yield ordered.filter(pc.invert(_last_of_keys(ordered))).select(["key", "output_key"])
 
     def merge(self, choose: Callable[[Iterator[pa.Table]], Iterator[pa.Table]] = iter) -> int:
         """Make exactly one row a key, in few files, of those that `choose` leaves.

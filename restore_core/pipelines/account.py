@@ -74,8 +74,8 @@ class Account:
         """Objects done."""
         self.done: set[str] = set()
         """The keys of those of this wave."""
-        self.refusable: set[str] = set()
-        """Keys of this wave whose output can be made again: it is of the same version of the object."""
+        self.refusable: dict[str, str] = {}
+        """Keys of this wave that an earlier run has written an output of, and of which version (the object's etag)."""
         self._refuse = refuse
         self._lease = lease
         self._ledger = ledger
@@ -101,11 +101,12 @@ class Account:
             if row.error == "denied" and (row.message or "").endswith(GO_ON):
                 no_credentials = row  # nothing is wrong with the object, and nothing is said of it
             elif row.key not in self.done:
-                self.done.add(row.key)
-                self.count += 1
-                if row.error == "model" and row.key in self.refusable:
+                # Not of a version that there is no more: it would be the last that is left of it.
+                if row.error == "model" and self.refusable.get(row.key) == row.etag:
                     with contextlib.suppress(ItemError):  # then it is what jobs/verify_bucket.py calls extra
                         self._refuse(row.key)
+                self.done.add(row.key)
+                self.count += 1
                 self._waiting.append(row)
                 self._overview.add(row)
                 self._failed += row.status == "failed"

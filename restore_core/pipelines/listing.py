@@ -194,7 +194,8 @@ def list_input(storage: Storage, keys: str | None = None, listing: Iterable[Obje
     head: list[Object] = []
     for item in objects:
         head.append(item)
-        if not sources.is_internal(item.key) and not item.key.endswith((".parquet", "/")):
+        unreadable = item.key.endswith("/") and not item.size
+        if not sources.is_internal(item.key) and not item.key.endswith(".parquet") and not unreadable:
             return Input(chain(head, objects), None, version)
     if not head:
         where = f"--input {storage.uri}" if keys is None else f"--keys {keys}"

@@ -335,18 +335,17 @@ def _restore(
     if stopped:
         logger.info("stopped: %s", stopped)
     lease.check()
-    former: set[str] = set()
-    if listing.groups is not None and not stopped:
-        former = shards.outlived(ledger, listing.groups, output)
-        for key in former:
-            output.delete(key)
-        former |= {group.output_key for group in listing.groups.groups}
+    gone: set[str] = set()
+    if listing.groups is not None:
+        gone = _without_former(ledger, listing.groups, output, run_id, partial=options.keys is not None)
+        if not stopped:
+            gone |= {group.output_key for group in listing.groups.groups}
     noted = 0
 
     def current(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         nonlocal noted
-        if listing.groups is not None and former:  # what no longer is in the shards that were written or deleted
-            tables = (rest for _, rest in shards.left(tables, listing.groups, former))
+        if listing.groups is not None:  # rows that no longer are in the shards that were written or deleted
+            tables = (rest for _, rest in shards.left(tables, listing.groups, gone))
         for table in tables:
             noted += pc.sum(pc.equal(table["run_id"], run_id)).as_py() or 0
             yield table
@@ -356,7 +355,7 @@ def _restore(
     output.remove_unfinished(before=lease.since)
     seconds = time.perf_counter() - started
     told = overview.statuses.total()
-    if noted != account.count or (not stopped and told != account.listed):
+    if stopped != INTERRUPTED and (noted != account.count or (not stopped and told != account.listed)):
         stopped = (
             f"the ledger does not close: of {account.listed} objects {told} have a row, and of the {account.count} "
             f"rows of this run {noted} are written down; jobs/verify_bucket.py says which are missing"
@@ -393,6 +392,24 @@ def _restore(
     )
 
 
+def _without_former(ledger: Ledger, groups: RowGroups, output: Storage, run_id: str, *, partial: bool) -> set[str]:
+    """Delete the shards of earlier runs that are of no use any more; which they were. The others are noted.
+
+    With `partial` none: what is not listed may still be in the input.
+    """
+    notes = Ledger(output, run_id, folder="former")
+    former = shards.former(ledger, notes, groups)
+    gone = set()
+    for shard in set() if partial else shards.outlived(former, ledger, groups):
+        try:
+            output.delete(shard)
+            gone.add(shard)
+        except ItemError as error:
+            logger.warning("%s", error.message)
+    shards.keep(notes, {shard: keys for shard, keys in former.items() if shard not in gone}, run_id)
+    return gone
+
+
 @dataclass(frozen=True)
 class _Wave:
     """What is handed to Ray at once."""
@@ -406,8 +423,8 @@ class _Wave:
     others: list[Row] = field(default_factory=list)
     """In the first wave: what has its former output where another row group's is written now. It is of a later wave, or
     its key has left the input."""
-    refusable: set[str] = field(default_factory=set)
-    """Keys whose output an earlier run has made of the same version of the object."""
+    refusable: dict[str, str] = field(default_factory=dict)
+    """Keys whose output an earlier run has made, and of which version of the object (its etag)."""
 
     def units(self, missing: set[str], batch_size: int, actors: int) -> Iterator[pa.Table]:
         """Of what is missing; of objects `batch_size` at most."""
@@ -462,7 +479,7 @@ class _Work:
                 continue
             self._add(wave, found.item, found.attempt, old=found.row is not None)
             if found.row and found.row.output_key and found.row.etag == found.item.etag:
-                wave.refusable.add(found.item.key)
+                wave.refusable[found.item.key] = found.item.etag
             if len(wave.rows) == WAVE_OBJECTS or time.monotonic() > end:
                 yield wave
                 wave, seconds = _Wave({}, set(), None), 2 * seconds

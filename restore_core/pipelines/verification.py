@@ -25,7 +25,8 @@ Finding = Literal["unaccounted", "outdated", "missing", "changed", "unreadable",
 MEANING: dict[Finding, str] = {
     "unaccounted": "in the input, but not in the ledger: run the restore again",
     "outdated": "the input has changed since it was restored: run the restore again",
-    "missing": "in the ledger, but not in the output: run the restore again",
+    "missing": "in the ledger, but not in the output: run the restore again, or, if it is not in the input either, "
+    "look for a copy",
     "changed": "the output is not what the ledger says was written: delete it and run the restore again",
     "unreadable": "the output cannot be read: check its permissions",
     "extra": "in the output, but no row of the ledger names it: left by an interrupted restore, of an input whose "
@@ -77,25 +78,7 @@ def verify(input: Storage, output: Storage, keys: str | None = None) -> Verifica
     for wave in _waves(ledger, listing.groups):
         hashed += sum(pc.count(unit["output_sha256"]).as_py() for unit in wave)
         findings += _of_contents(wave, output)
-    if listing.groups is None:
-        findings = _without_deleted(findings, input)
     return Verification(listed=listed, statuses=dict(sorted(statuses.items())), hashed=hashed, findings=findings)
-
-
-def _without_deleted(findings: list[tuple[Finding, str]], input: Storage) -> list[tuple[Finding, str]]:
-    """Without the outputs that are missing because somebody has deleted them there and in the input."""
-
-    def deleted(found: tuple[Finding, str]) -> bool:
-        try:
-            input.stat(found[1])
-        except ItemError as error:
-            return error.error == "vanished"
-        return False
-
-    missing = [found for found in findings if found[0] == "missing"]
-    with ThreadPoolExecutor(IO_THREADS) as pool:
-        gone = {found for found, was in zip(missing, pool.map(deleted, missing), strict=True) if was}
-    return [found for found in findings if found not in gone]
 
 
 def _of_listing(listing: Input, ledger: Ledger, statuses: Counter[str]) -> Iterator[tuple[Finding, str]]:

@@ -45,6 +45,11 @@ def seed_of(run_seed: int, *parts: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") - 2**63
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Through pinned memory, from which a GPU fetches by itself: nothing waits for what it was given to do before."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
 class Generator:
     """Independent random streams, one per image, from counters (no state on the device, same bits on each device).
 
@@ -54,7 +59,7 @@ class Generator:
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self.seeds = torch.tensor(list(seeds), dtype=torch.int64).to(device)
+        self.seeds = to_device(torch.tensor(list(seeds), dtype=torch.int64), torch.device(device))
         self._draws = 0
 
     def bits(self, *shape: int) -> Tensor:
@@ -182,15 +187,14 @@ def fixed_damage(
 def draw_damage(config: DamageConfig, generator: Generator) -> Damage:
     """Training damages: each kind drawn on its own (or one alone) with its own strength, in random order."""
     device = generator.seeds.device
-    shares = torch.tensor(
-        [config.noise_share, config.flips_share, config.patches_share, config.gray_share], device=device
-    )
+    each = [config.noise_share, config.flips_share, config.patches_share, config.gray_share]
+    shares = to_device(torch.tensor(each), device)
     strike = generator.uniform(4) < shares  # [B, 4]
     strength = generator.uniform(3)
     count = 1 + generator.integers(MAX_PATCHES, 1)[:, 0]
     coloured = generator.uniform(1)[:, 0] < 0.5
     order = generator.uniform(4).argsort(dim=1)
-    if config.alone_share and shares.any():
+    if config.alone_share and any(each):
         draw = generator.uniform(2)
         limits = shares.cumsum(0) / shares.sum()
         only = torch.bucketize(draw[:, 0].contiguous(), limits[:-1], right=True)  # [B]
@@ -247,7 +251,7 @@ def _draw_patches(
     side = torch.sqrt(area * height * width / count).round().clamp(max=min(height, width)).long()  # [B]
     # Where the squares fell on each other the covered area would shrink: of several layouts keep the least overlapping.
     place = generator.uniform(layouts, MAX_PATCHES, 2)
-    room = torch.tensor([height, width], device=device) - side[:, None] + 1  # [B, 2] positions per axis
+    room = torch.stack((height - side + 1, width - side + 1), dim=1)  # [B, 2] positions per axis
     corner = (place * room[:, None, None, :]).long()  # [B, L, K, 2]
     gap = (corner[:, :, :, None] - corner[:, :, None, :]).abs()  # [B, L, K, K, 2]
     overlap = (side[:, None, None, None, None] - gap).clamp(min=0).prod(dim=-1)  # [B, L, K, K]

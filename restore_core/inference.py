@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from restore_core import checkpoint, memory, streaming, strips, tiles
 from restore_core.checkpoint import ModelFolder
 from restore_core.config import KINDS, Kind, Precision, ResidualUNetConfig, require
+from restore_core.degradations import to_device
 from restore_core.diagnosis import (
     CONTEXT,
     UNDAMAGED_GRAY,
@@ -241,7 +242,7 @@ class Restorer:
     @torch.inference_mode()
     def _whole(self, images: list[Pixels], device: torch.device) -> list[Restored]:
         """Images of one size as one batch."""
-        batch = _to_device(torch.from_numpy(np.stack(images)), device).permute(0, 3, 1, 2)  # [B, 3, H, W]
+        batch = to_device(torch.from_numpy(np.stack(images)), device).permute(0, 3, 1, 2)  # [B, 3, H, W]
         image, survival = self._predict(batch, device)
         output = to_uint8(image)
         diagnoses = diagnose(batch, output, survival)
@@ -356,13 +357,8 @@ class Restorer:
         return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
 
 
-def _to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Through pinned memory, from which a GPU fetches by itself, while it works on what another thread gave it."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
-
-
 def _from_device(values: Tensor) -> Tensor:
-    """The other way."""
+    """The other way than `to_device`."""
     if values.device.type != "cuda":
         return values
     result = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from restore_core.degradations import Generator
+from restore_core.degradations import Generator, to_device
 
 MAX_OVERLAYS = 3
 CELLS = 24  # the coarse random pattern that letters are cut from, cells a side
@@ -56,8 +56,8 @@ def _overlay(images: Tensor, generator: Generator) -> Tensor:
 
     thickness = 0.02 + 0.18 * draw[:, 8, None, None]
     down, across = torch.linspace(0, 1, height), torch.linspace(0, 1, width)
-    top = torch.minimum(down, 1 - down).to(images.device)[None, :, None] < thickness  # both ends, [B, H, 1]
-    side = torch.minimum(across, 1 - across).to(images.device)[None, None, :] < thickness
+    top = to_device(torch.minimum(down, 1 - down), images.device)[None, :, None] < thickness  # both ends, [B, H, 1]
+    side = to_device(torch.minimum(across, 1 - across), images.device)[None, None, :] < thickness
     borders = (top, side, top | side, y.abs() < thickness / 4, x.abs() < thickness / 4)
     which = (draw[:, 9] * len(borders)).long(), torch.arange(size, device=images.device)
     border = torch.stack([each.expand(size, height, width) for each in borders])[which]  # [B, H, W]

@@ -19,11 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from restore_core.config import TrainConfig
-from restore_core.degradations import STANDARD, Damage, Generator, degrade, draw_damage, fixed_damage, seed_of
+from restore_core.config import TrainConfig, to_dict
+from restore_core.degradations import (
+    STANDARD,
+    Damage,
+    Generator,
+    degrade,
+    draw_damage,
+    fixed_damage,
+    seed_of,
+    to_device,
+)
 from restore_core.errors import DivergedError
 from restore_core.metrics import batch_psnr, to_uint8
-from restore_core.model import Prediction, build, exact_float32, gpu_bfloat16
+from restore_core.model import Prediction, build, count_macs, count_parameters, exact_float32, gpu_bfloat16
 from restore_core.overlays import draw_overlays
 
 STATE_TENSORS = "state.safetensors"
@@ -47,11 +56,11 @@ class Photographs:
     """Clean photographs of any sizes in equal canvases."""
 
     keys: list[str]
-    pixels: npt.NDArray[np.uint8]
+    pixels: npt.NDArray[np.uint8] | Tensor
     """uint8 RGB [B, K, K, 3]; outside height x width is padding."""
-    height: npt.NDArray[np.int32]
+    height: npt.NDArray[np.int32] | Tensor
     """int32 [B]"""
-    width: npt.NDArray[np.int32]
+    width: npt.NDArray[np.int32] | Tensor
     """int32 [B]"""
 
     @staticmethod
@@ -279,6 +288,19 @@ class Trainer:
     def _validation_generator(self, name: str, keys: list[str]) -> Generator:
         return Generator([seed_of(self.config.seed, "validation", name, key) for key in keys], self.device)
 
+    def card(self, last: Mapping[str, float], trained: dict[str, Any]) -> dict[str, Any]:
+        """What is written beside the weights (see `checkpoint.save`): how it was `trained`, the `last` evaluation."""
+        return {
+            "trained": {**trained, "precision": self.precision, "config": to_dict(self.config)},
+            "parameters": count_parameters(self.average),
+            "macs_at_48_px": count_macs(self.config.model, 48, 48),
+            "validation": {
+                "size": self.config.val_size,
+                "psnr_db": {name: round(last[f"psnr_{name}"], 2) for name in VALIDATION},
+                "identity_psnr_db": {name: round(last[f"identity_{name}"], 2) for name in VALIDATION},
+            },
+        }
+
     # --- state
 
     def save_state(self, folder: Path) -> None:
@@ -361,7 +383,7 @@ def resize_crops(batch: Photographs, size: int, top: Tensor, left: Tensor, side:
     `top`, `left`, `side`: float [B], pixels, need not be whole; `mirrored`: bool [B]. Returns uint8 [B, 3, size, size].
     """
     device = top.device
-    pixels = torch.as_tensor(np.require(batch.pixels, requirements=["W"])).to(device)  # [B, K, K, 3]
+    pixels = _on(device, batch.pixels)  # [B, K, K, 3]
     canvas = pixels.shape[1]
     rows = _lanczos(size, canvas, top, side)  # [B, S, K]
     columns = _lanczos(size, canvas, left, side)
@@ -390,10 +412,13 @@ def _lanczos(size: int, canvas: int, start: Tensor, side: Tensor) -> Tensor:
 
 
 def _sides(batch: Photographs, device: torch.device) -> tuple[Tensor, Tensor]:
-    return (
-        torch.as_tensor(np.array(batch.height)).to(device).float(),
-        torch.as_tensor(np.array(batch.width)).to(device).float(),
-    )
+    return _on(device, batch.height).float(), _on(device, batch.width).float()
+
+
+def _on(device: torch.device, values: npt.NDArray[Any] | Tensor) -> Tensor:
+    if isinstance(values, Tensor):
+        return values.to(device)
+    return to_device(torch.as_tensor(np.require(values, requirements=["C", "W"])), device)
 
 
 def fast_bfloat16(device: torch.device) -> bool:

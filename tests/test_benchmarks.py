@@ -2,6 +2,8 @@
 
 import json
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -9,13 +11,43 @@ from typing import Literal
 import pytest
 import skimage.data
 import torch
+from photos import people, write_tree
 from PIL import Image
 
 from benchmarks import collection_speed, corpora, memory, network_speed, page, restore_speed
 from benchmarks.contestants import CORES
+from jobs import pack_dataset
+from jobs.pack_dataset import PackDataset
 from restore_core import checkpoint
 
+ROOT = Path(__file__).resolve().parent.parent
 Models = Callable[[int], Path]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_network_goes_on_for_some_seconds(tmp_path: Path) -> None:
+    """As on a machine without Ray."""
+    photos = write_tree(tmp_path / "photos", people(9))
+    data, output = tmp_path / "data", tmp_path / "out"
+    assert pack_dataset.main(PackDataset(input=(str(photos),), output=str(data), val_share=0.25)) == 0
+    command = [
+        sys.executable, "-c",
+        "import sys, runpy; sys.modules['ray'] = sys.modules['tyro'] = sys.modules['boto3'] = None; "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')",
+        str(ROOT / "benchmarks/train_resident.py"), "--data", str(data), "--output", str(output),
+        "--preset", "faces-fast", "--seconds", "4", "--batch-size", "4", "--step-pixels", "9216", "--val-images", "2",
+        "--device", "cpu",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    before, after = map(json.loads, (output / "faces-fast.jsonl").read_text().splitlines())
+    assert after["steps"] > 0 and after["samples"] >= after["steps"] and after["learning_rate"] < 1e-4
+    assert before["val_loss"] != after["val_loss"] < 2 * before["val_loss"]
+    model = checkpoint.read(str(output / "faces-fast"))
+    assert model.config["trained"]["started_from"]["sha256"] == checkpoint.read("faces-fast").sha256
+    assert model.architecture == checkpoint.read("faces-fast").architecture
 
 
 @pytest.fixture(scope="module")

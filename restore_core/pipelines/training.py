@@ -23,7 +23,6 @@ from restore_core import checkpoint, provenance, sources
 from restore_core.config import TrainConfig, to_dict
 from restore_core.degradations import seed_of
 from restore_core.errors import DivergedError, UsageError
-from restore_core.model import count_macs, count_parameters
 from restore_core.pipelines import cluster
 from restore_core.storage import Storage
 from restore_core.trainer import VALIDATION, Photographs, Trainer, central_crops
@@ -302,27 +301,16 @@ def _finish(run: TrainRun, state: Path, cuda: bool) -> Trained:
     trainer = Trainer(config, steps_per_epoch=1)
     trainer.load_state(state)
     history = trainer.history
-    last = history[-1]
-    card: dict[str, Any] = {
-        "trained": {
-            **provenance.record(),
-            "hardware": hardware(cuda),
-            "workers": run.workers,
-            "minutes": round(sum(row["seconds"] for row in history) / 60, 1),
-            "photographs": run.photographs,
-            "samples": int(sum(row["samples"] for row in history)),
-            "precision": trainer.precision,
-            "started_from": _identity(run.initial),
-            "config": to_dict(config),
-        },
-        "parameters": count_parameters(trainer.average),
-        "macs_at_48_px": count_macs(config.model, 48, 48),
-        "validation": {
-            "size": config.val_size,
-            "psnr_db": {name: round(last[f"psnr_{name}"], 2) for name in VALIDATION},
-            "identity_psnr_db": {name: round(last[f"identity_{name}"], 2) for name in VALIDATION},
-        },
+    trained = {
+        **provenance.record(),
+        "hardware": hardware(cuda),
+        "workers": run.workers,
+        "minutes": round(sum(row["seconds"] for row in history) / 60, 1),
+        "photographs": run.photographs,
+        "samples": int(sum(row["samples"] for row in history)),
+        "started_from": _identity(run.initial),
     }
+    card = trainer.card(history[-1], trained)
     model = output.child("model")
     if model.exists(checkpoint.CONFIG_FILE):
         written = json.loads(model.read(checkpoint.CONFIG_FILE))

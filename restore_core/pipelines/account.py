@@ -74,6 +74,8 @@ class Account:
         """Objects done."""
         self.done: set[str] = set()
         """The keys of those of this wave."""
+        self.shards: set[str] = set()
+        """Of Parquet: the outputs that are as they should be, since this run has written them or found them so."""
         self.refusable: dict[str, str] = {}
         """Keys of this wave that an earlier run has written an output of, and of which version (the object's etag)."""
         self._refuse = refuse
@@ -107,6 +109,8 @@ class Account:
                         self._refuse(row.key)
                 self.done.add(row.key)
                 self.count += 1
+                if row.output_key not in (None, row.key):
+                    self.shards.add(row.output_key)
                 self._waiting.append(row)
                 self._overview.add(row)
                 self._failed += row.status == "failed"

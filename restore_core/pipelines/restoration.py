@@ -335,22 +335,35 @@ def _restore(
     if stopped:
         logger.info("stopped: %s", stopped)
     lease.check()
-    gone: set[str] = set()
+    notes = Ledger(output, run_id, folder="former")
+    former, gone, targets = set[str](), set[str](), set[str]()
+    # Of all of the input; of a part, what is not listed may be there all the same.
+    whole = options.keys is None and input.only is None and not options.resume_listing and not stopped
     if listing.groups is not None:
-        gone = _without_former(ledger, listing.groups, output, run_id, partial=options.keys is not None)
-        if not stopped:
-            gone |= {group.output_key for group in listing.groups.groups}
+        targets = shards.targets(listing.groups)
+        former = shards.former(ledger, notes)
+        shards.keep(notes, former, run_id)  # before the merge, after which the ledger does not tell of them
+        if whole and targets <= account.shards:
+            gone = shards.delete(shards.outlived(former, ledger, begun, listing.groups), output)
     noted = 0
+
+    def forget(parted: Iterator[tuple[pa.Table, pa.Table]]) -> Iterator[pa.Table]:
+        for left, rest in parted:
+            former.update(left["output_key"].to_pylist())
+            yield rest
 
     def current(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         nonlocal noted
-        if listing.groups is not None:  # rows that no longer are in the shards that were written or deleted
-            tables = (rest for _, rest in shards.left(tables, listing.groups, gone))
+        if listing.groups is not None and whole:
+            marks = begun.rows(("key", "attempt"))
+            tables = forget(shards.left(tables, listing.groups, account.shards | gone, marks))
         for table in tables:
             noted += pc.sum(pc.equal(table["run_id"], run_id)).as_py() or 0
             yield table
 
     ledger.merge(current)
+    if listing.groups is not None:
+        shards.keep(notes, former - gone - (targets if targets <= account.shards else set()) - {None}, run_id)
     begun.merge(lambda marks: manifest.unanswered(marks, ledger.rows(("key", "attempt"))))
     output.remove_unfinished(before=lease.since)
     seconds = time.perf_counter() - started
@@ -390,24 +403,6 @@ def _restore(
         stopped=stopped,
         samples=_samples(overview.samples, input, output, listing.groups),
     )
-
-
-def _without_former(ledger: Ledger, groups: RowGroups, output: Storage, run_id: str, *, partial: bool) -> set[str]:
-    """Delete the shards of earlier runs that are of no use any more; which they were. The others are noted.
-
-    With `partial` none: what is not listed may still be in the input.
-    """
-    notes = Ledger(output, run_id, folder="former")
-    former = shards.former(ledger, notes, groups)
-    gone = set()
-    for shard in set() if partial else shards.outlived(former, ledger, groups):
-        try:
-            output.delete(shard)
-            gone.add(shard)
-        except ItemError as error:
-            logger.warning("%s", error.message)
-    shards.keep(notes, {shard: keys for shard, keys in former.items() if shard not in gone}, run_id)
-    return gone
 
 
 @dataclass(frozen=True)
@@ -508,6 +503,8 @@ class _Work:
             if not to_do[place]:
                 assert found.row is not None
                 self.overview.add(found.row)
+                if found.row.output_key is not None:
+                    self.account.shards.add(found.row.output_key)
             elif found.row and found.row.output_key in written and moved[place]:
                 wave.others.append(self._row(found.item, int(attempts[row])))
         self.account.listed = len(groups.order)

@@ -1076,34 +1076,6 @@ def test_a_shard_stays_while_there_is_no_other_of_its_rows(
     assert shards() == ["c.parquet"] and proof(source, output) == 0
 
 
-def test_a_stopped_run_forgets_no_shard_that_has_been_outlived(
-    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from restore_core.pipelines import restoration
-
-    table, source, output = dataset_table(4), tmp_path / "in", tmp_path / "out"
-    source.mkdir()
-    for name, start in (("a", 0), ("b", 2)):
-        pq.write_table(table.slice(start, 2), source / f"{name}.parquet")
-    assert run(source, output) == 0
-    for name in "ab":
-        (source / f"{name}.parquet").rename(source / f"new-{name}.parquet")
-    wave = restoration._restore_wave
-
-    def stopped(some: Any, *arguments: Any) -> None:
-        wave(some, *arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(restoration, "WAVE_OBJECTS", 2)  # a file
-        patch.setattr(restoration, "_restore_wave", stopped)
-        assert run(source, output) == command_line.INTERRUPTED
-    assert sorted(path.name for path in output.glob("*.parquet")) == ["b.parquet", "new-a.parquet"]
-    assert run(source, output) == 0
-    assert sorted(path.name for path in output.glob("*.parquet")) == ["new-a.parquet", "new-b.parquet"]
-    assert proof(source, output) == 0
-
-
 def test_the_hugging_face_layout_passes_through(tmp_path: Path, run: Run) -> None:
     cells = [
         {"bytes": GOOD["a/face.jpg"], "path": "face.jpg"},

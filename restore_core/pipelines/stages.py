@@ -7,6 +7,7 @@ import contextlib
 import faulthandler
 import hashlib
 import json
+import random
 import socket
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -36,6 +37,8 @@ GROUP_PIXELS = 2**25
 """Decoded at once in a process, in pixels of about ten bytes; one larger picture is a group of its own."""
 READ_BYTES = 2**20
 """Of a Parquet file's columns at once."""
+READ_TRIES, READ_PAUSE_SECONDS = 5, 4.0
+"""Of a row group that cannot be read."""
 OTHERS_LEFT_OUT = "the others are left out"
 STAGE_SECONDS = 900
 """Longer than a unit's files may take to be fetched and decoded, or encoded and written, retries included."""
@@ -355,17 +358,28 @@ def _require_unchanged(input: Storage, file: str, rows: list[Row], count: int) -
 
 
 def _parts(input: Storage, file: str, group: int, batch: int) -> Generator[pa.Table, None, None]:
-    """The rows of a row group, `batch` at a time at most. Raises ItemError."""
-    try:
-        filesystem, root = input.filesystem()
-        with filesystem.open_input_file(f"{root}/{file}") as handle:
-            parquet = pq.ParquetFile(handle, pre_buffer=False, buffer_size=READ_BYTES)
-            if group < parquet.num_row_groups:
-                for part in parquet.iter_batches(batch, row_groups=[group]):
-                    yield pa.table(part).replace_schema_metadata(parquet.schema_arrow.metadata)
-    except (OSError, pa.ArrowException) as error:
-        input.stat(file)  # which tells what is gone and what is denied
-        raise ItemError("read", one_line(f"cannot read row group {group} of {file}: {error}")) from error
+    """The rows of a row group, `batch` at a time at most. Raises ItemError.
+
+    What breaks off is read again from the beginning, without what has been given out: Arrow itself tries a request
+    again, but not where an answer's body is cut off.
+    """
+    done = 0
+    for tries_left in reversed(range(READ_TRIES)):
+        try:
+            filesystem, root = input.filesystem()
+            with filesystem.open_input_file(f"{root}/{file}") as handle:
+                parquet = pq.ParquetFile(handle, pre_buffer=False, buffer_size=READ_BYTES)
+                batches = parquet.iter_batches(batch, row_groups=[group] if group < parquet.num_row_groups else [])
+                for index, part in enumerate(batches):
+                    if index >= done:
+                        yield pa.table(part).replace_schema_metadata(parquet.schema_arrow.metadata)
+                        done += 1
+            return
+        except (OSError, pa.ArrowException) as error:
+            input.stat(file)  # which tells what is gone and what is denied
+            if not tries_left:
+                raise ItemError("read", one_line(f"cannot read row group {group} of {file}: {error}")) from error
+            time.sleep(random.uniform(0, READ_PAUSE_SECONDS))  # noqa: S311
 
 
 def _restore_part(

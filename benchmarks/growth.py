@@ -25,7 +25,8 @@ from restore_core import checkpoint, provenance
 from restore_core.manifest import Ledger, Row
 from restore_core.storage import LocalStorage, Object
 
-PER_FOLDER = 1000
+PER_FOLDER, PER_FILE = 1000, 25_000
+"""Objects in a folder, and rows in a file of the ledger."""
 SIZE = 12_345
 
 
@@ -113,10 +114,11 @@ def measure(job: Growth) -> dict[str, float]:
                 )
         result["files of the ledger"] = len(list((root / "out/_restore/manifest").iterdir()))
         ledger = Ledger(LocalStorage(root / "all"), "growth")
-        for start in range(0, count, PER_FOLDER):
-            some = range(start, min(start + PER_FOLDER, count))
-            (root / "all" / key_of(start)).parent.mkdir(parents=True)
+        for start in range(0, count, PER_FILE):
+            some = range(start, min(start + PER_FILE, count))
             for index in some:
+                if index % PER_FOLDER == 0:
+                    (root / "all" / key_of(index)).parent.mkdir(parents=True)
                 (root / "all" / key_of(index)).touch()
             ledger.append([restored(index, model.sha256, options.identity()) for index in some])
         ledger.merge()

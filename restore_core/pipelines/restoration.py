@@ -508,7 +508,8 @@ class _Work:
             elif found.row and found.row.output_key in written and moved[place]:
                 wave.others.append(self._row(found.item, int(attempts[row])))
         self.account.listed = len(groups.order)
-        for gone, _ in shards.left(self.ledger.rows(manifest.COLUMNS), groups, written):
+        rows = self.ledger.rows(manifest.COLUMNS) if written else iter(())  # else nothing of theirs is written over
+        for gone, _ in shards.left(rows, groups, written):
             for row in manifest.rows_of(gone):
                 wave.others.append(self._row(Object(row.key, row.size, row.etag), row.attempt + 1))
         for index, group in enumerate(groups.groups):

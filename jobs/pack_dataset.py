@@ -19,7 +19,7 @@ from restore_core.errors import UsageError
 @dataclass(frozen=True, kw_only=True)
 class PackDataset:
     input: tuple[str, ...]
-    """Folders, .tar archives or s3://bucket/prefix; the folder that a photograph lies in names its person."""
+    """Folders, archives (.tar, .tar.gz, .tgz) or s3://bucket/prefix; a photograph's folder names its person."""
     output: str
     """Where the Parquet shards go: a local folder or s3://bucket/prefix."""
     val_share: float = 0.1

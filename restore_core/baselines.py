@@ -61,7 +61,7 @@ def navier_stokes(image: Pixels, destroyed: Mask) -> Pixels:
 def named(name: Name) -> Callable[[Pixels, Mask], Pixels]:
     """The method of that name. Raises UsageError where the library for it is missing."""
     if name in ("telea", "navier_stokes") and not importlib.util.find_spec("cv2"):
-        raise UsageError(f"--baselines {name}: needs OpenCV; install it with pip install 'restore_core[peers]'")
+        raise UsageError(f"--baselines {name}: needs OpenCV: pip install -c constraints.txt -e '.[peers]'")
     methods: dict[Name, Callable[[Pixels, Mask], Pixels]] = {
         "median": median, "nlm": nlm, "tv": tv, "telea": telea, "navier_stokes": navier_stokes,
     }  # fmt: skip

@@ -14,6 +14,8 @@ RESTORING, CODING = 7, 34
 """Bytes a pixel of a large picture takes in a worker while it is restored, and in worker and codec together while it is
 encoded: of noise, which packs worst, in an 8-bit PNG; other kinds count as more pixels. See DECISIONS.md."""
 LEAST_PIXELS, MOST_PIXELS = 2**20, 2**30
+SHARE_BYTES = 2 * 10**9
+"""What a worker should have: with so much a photograph of 44 megapixels goes, with 1.4 GB none of a camera."""
 
 
 def pixel_budget(available: int, workers: int) -> int:

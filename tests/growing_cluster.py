@@ -2,8 +2,9 @@
 
     python tests/growing_cluster.py HEAD_CPUS
 
-Each line `CPUS GPUS` adds a node. Of each node, the head's with the cluster's address, a line of JSON names its id
-and the process (raylet) that it is. GPUs are numbers only: nothing is there that could use them.
+Each line `CPUS GPUS GIGABYTES` adds a node, of 0 gigabytes one with what the machine has. Of each node, the head's
+with the cluster's address, a line of JSON names its id and the process (raylet) that it is. GPUs are numbers only:
+nothing is there that could use them.
 """
 
 import json
@@ -22,8 +23,9 @@ def main(head_cpus: int) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": head_cpus, "include_dashboard": False})
     tell(cluster.head_node, address=cluster.address)
     for line in sys.stdin:
-        cpus, gpus = map(int, line.split())
-        tell(cluster.add_node(num_cpus=cpus, num_gpus=gpus))
+        cpus, gpus, gigabytes = map(int, line.split())
+        memory = {"memory": gigabytes * 10**9} if gigabytes else {}
+        tell(cluster.add_node(num_cpus=cpus, num_gpus=gpus, **memory))
     cluster.shutdown()
 
 

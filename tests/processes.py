@@ -138,10 +138,10 @@ class Nodes:
         """The processes that are the nodes, the head first."""
         self.ids: list[str] = [first["id"]]
 
-    def add(self, cpus: int, gpus: int = 0) -> int:
-        """Returns when it has joined."""
+    def add(self, cpus: int, gpus: int = 0, gigabytes: int = 0) -> int:
+        """Returns when it has joined; with no gigabytes it has what the machine has."""
         assert self.process.stdin is not None
-        print(cpus, gpus, file=self.process.stdin, flush=True)
+        print(cpus, gpus, gigabytes, file=self.process.stdin, flush=True)
         node = self._answer(len(self.raylets) + 1)
         self.raylets.append(node["raylet"])
         self.ids.append(node["id"])

@@ -188,11 +188,16 @@ def stop(folder: Path) -> None:
 
 
 def aws(settings: dict[str, Any], arguments: list[str]) -> int:
-    """The part of the AWS CLI that docs/cluster.md needs: any operation, and its short forms for a group's rules."""
+    """The part of the AWS CLI that docs/cluster.md needs: any operation, short forms for buckets and groups' rules."""
     import boto3
     import jmespath
 
     service, operation, *rest = arguments
+    if (service, operation) == ("s3", "mb"):
+        client = boto3.session.Session().client("s3")
+        place = {"LocationConstraint": client.meta.region_name}
+        client.create_bucket(Bucket=rest[0].removeprefix("s3://"), CreateBucketConfiguration=place)
+        return 0
     options: dict[str, list[str]] = {}
     for word in rest:
         if word.startswith("--"):

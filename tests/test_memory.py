@@ -36,6 +36,35 @@ def test_the_budget_is_that_of_the_node_which_has_least_for_each_worker(monkeypa
     assert cluster.pixel_budget(8) == memory.LEAST_PIXELS
 
 
+@pytest.mark.parametrize(
+    ("nodes", "each", "workers"),
+    [
+        ([(2, 14)], 1, 2),
+        ([(8, 12)], 2, 4),
+        ([(8, 7)], 4, 2),  # of 3 each two CPUs would be left over
+        ([(5, 5)], 2, 2),
+        ([(8, 1)], 8, 1),
+        ([(1, 1)], 1, 1),
+        ([(8, 12), (8, 12)], 2, 8),
+        ([(8, 12), (3, 12)], 3, 3),  # one fits on the smallest
+        ([(8, 12), (0, 4)], 2, 4),  # a head without work
+    ],
+)
+def test_processes_share_cpus_where_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[tuple[int, int]], each: int, workers: int
+) -> None:
+    found = [{"Alive": True, "Resources": {"CPU": cpus, "memory": gigabytes * GB}} for cpus, gigabytes in nodes]
+    monkeypatch.setattr("ray.nodes", lambda: found)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": float(sum(cpus for cpus, _ in nodes))})
+    assert cluster.cpus_each() == each
+    assert cluster.processes("cpu", None, cpus_each=each) == workers
+    least = min(memory.pixel_budget(gigabytes * GB, cpus // each) for cpus, gigabytes in nodes if cpus)
+    assert cluster.pixel_budget(workers, cpus_each=each) == least
+    monkeypatch.setenv(cluster.GROWS_TO, "CPU=64")
+    assert cluster.processes("cpu", None, cpus_each=each) == 64 // each
+    assert cluster.processes("cpu", 5, cpus_each=1) == 5
+
+
 def test_a_budget_fits_into_the_memory_that_it_is_made_from() -> None:
     for available in range(2 * GB, 64 * GB, GB):
         pixels = memory.pixel_budget(available, 2)

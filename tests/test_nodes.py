@@ -165,6 +165,23 @@ def test_a_first_node_is_waited_for_where_it_can_come(
     assert_whole(source, output, expected)
 
 
+def test_many_cpus_that_share_little_memory(tmp_path: Path, processes: Started, small_model: Models) -> None:
+    """Fewer processes of several threads each, or nothing larger than a megapixel would go."""
+    nodes, output = Nodes(processes, head_cpus=0), tmp_path / "out"
+    node = nodes.add(5, gigabytes=5)
+    files = {f"{index}.png": encoded(index, 40, 60, format="PNG") for index in range(30)}
+    source = write_tree(tmp_path / "in", files | {"large.jpg": encoded(99, 1200, 1600)})
+    driver = restore(processes, source, output, small_model(1), RAY_ADDRESS=nodes.address)
+    most = 0
+    while driver.poll() is None:
+        most = max(most, len(descendants(node, "RestoreUnit")))
+        time.sleep(0.1)
+    assert driver.returncode == 0, processes.said(driver, "err")
+    rows = Ledger(LocalStorage(output), "reader").latest()
+    assert set(rows["status"].to_pylist()) == {"restored"}
+    assert most == 2
+
+
 def said(processes: Started, process: Process) -> str:
     return processes.said(process) + processes.said(process, "err")
 

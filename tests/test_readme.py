@@ -49,7 +49,7 @@ def test_submitted_jobs_are_jobs() -> None:
 def test_only_known_commands() -> None:
     # `ray up` needs an AWS account; tests/test_cluster_yaml.py holds its file against Ray's schema.
     for command in commands():
-        assert command[0] == "python" or command[:2] in (["ray", "up"], ["ray", "job"]), command
+        assert command[0] in ("python", "export") or command[:2] in (["ray", "up"], ["ray", "job"]), command
 
 
 @pytest.mark.ray

@@ -537,10 +537,10 @@ def test_waves_make_no_difference(
         waves.append(arguments)
         wave(*arguments)
 
-    def with_a_node_that_is_lost(device: Literal["cpu", "cuda"], wanted: int | None) -> int:
+    def with_a_node_that_is_lost(device: Literal["cpu", "cuda"], wanted: int | None, *, cpus_each: int) -> int:
         if waves and wanted is not None:
             raise UsageError(f"--workers {wanted}: the cluster has 1 CPU")
-        return 1 if waves else processes(device, wanted)
+        return 1 if waves else processes(device, wanted, cpus_each=cpus_each)
 
     monkeypatch.setattr(restoration, "_restore_wave", one_after_the_other)
     monkeypatch.setattr(cluster, "processes", with_a_node_that_is_lost)

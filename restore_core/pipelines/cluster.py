@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -184,13 +185,26 @@ def resources() -> tuple[int, int]:
     return cpus, gpus
 
 
-def processes(device: Literal["cpu", "cuda"], wanted: int | None) -> int:
-    """How many hold a network: as many as wanted, else one for each GPU or CPU. Raises UsageError for too many."""
+def processes(device: Literal["cpu", "cuda"], wanted: int | None, *, cpus_each: int = 1) -> int:
+    """How many hold a network: as many as wanted, else one for each GPU or so many CPUs. Raises UsageError for too
+    many."""
     cpus, gpus = resources()
     most, kind = (gpus, "GPUs") if device == "cuda" else (cpus, "CPUs")
     if wanted is not None and wanted > most:
         raise UsageError(f"--workers {wanted}: the cluster has {most} {kind}; use --workers {most} or add nodes")
+    if wanted is None and device == "cpu" and cpus_each > 1:  # a process is on one node
+        here = sum(int(node["CPU"]) // cpus_each for node in _working_nodes())
+        most = max(here, _grows_to().get("CPU", 0) // cpus_each)
     return wanted or most
+
+
+def cpus_each() -> int:
+    """How many CPUs each process that restores on CPUs should have to itself, for its share of the memory to suffice:
+    1 where that is plenty, more where many CPUs share little of it."""
+    nodes = _working_nodes()
+    smallest = min((int(node["CPU"]) for node in nodes), default=1)
+    needed = max((math.ceil(memory.SHARE_BYTES * node["CPU"] / max(1, _bytes(node))) for node in nodes), default=1)
+    return smallest // (smallest // min(needed, smallest))  # so that none of them is left over
 
 
 def _grows_to() -> dict[str, int]:
@@ -239,17 +253,25 @@ def await_node(device: Literal["cpu", "cuda"]) -> None:
         logger.info("waiting for the first node with a %s, for %.0f s now", name, waited)
 
 
-def pixel_budget(workers: int) -> int:
-    """What a picture may have on the node that has least memory for each of its workers, of `workers` in all.
-
-    The memory is what Ray offers there, which heeds a container's limit and leaves the object store out.
-    """
-    found = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    budgets = [memory.pixel_budget(int(node.get("memory", 0)), min(workers, int(node["CPU"]))) for node in found]
+def pixel_budget(workers: int, *, cpus_each: int = 1) -> int:
+    """What a picture may have on the node that has least memory for each of its workers, of `workers` in all."""
+    budgets = [
+        memory.pixel_budget(_bytes(node), max(1, min(workers, int(node["CPU"]) // cpus_each)))
+        for node in _working_nodes()
+    ]
     return min(budgets, default=memory.LEAST_PIXELS)
 
 
 def cpus_per_node() -> int:
     """CPUs of the smallest node that works."""
-    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    return min((cpus for cpus in nodes if cpus), default=1)  # the head often has none for work
+    return min((int(node["CPU"]) for node in _working_nodes()), default=1)
+
+
+def _working_nodes() -> list[dict[str, float]]:
+    """The resources of each node that has CPUs for work; the head often has none."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+
+
+def _bytes(node: Mapping[str, float]) -> int:
+    """The memory that Ray offers there, which heeds a container's limit and leaves the object store out."""
+    return int(node.get("memory", 0))

@@ -231,11 +231,13 @@ def build_dataset(
     batch_size: int,
     separate: bool,
     gpus: float,
+    cpus: int = 1,
     alone: bool = False,
 ) -> ray.data.Dataset:
     """The graph: one fused stage, or decode -> restore -> write in processes of their own (`separate`).
 
-    There are `actors` that hold the model, and up to `most_actors` once nodes for more of them have joined.
+    There are `actors` that hold the model, and up to `most_actors` once nodes for more of them have joined. In the one
+    stage each has `cpus`.
     With `alone` no unit waits at an actor while another is worked on, so that a crash costs the one that caused it.
     """
     shared = [ray.put(run)]  # in a list, since Ray would resolve a bare reference itself, once for each actor
@@ -258,7 +260,9 @@ def build_dataset(
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", DeprecationWarning)
         if not separate:
             constructor = (shared, batch_size)
-            return dataset.map_batches(RestoreUnit, compute=pool, fn_constructor_args=constructor, num_cpus=1, **actor)
+            return dataset.map_batches(
+                RestoreUnit, compute=pool, fn_constructor_args=constructor, num_cpus=cpus, **actor
+            )
         # Tasks, which hold no CPU while they wait, and a network that needs none of its own: when a node is lost, what
         # is left of any stage could otherwise keep the others from starting again.
         task = {**each, "fn_args": (shared,), "num_cpus": 1, "max_retries": 1}
@@ -541,33 +545,46 @@ class _Work:
         self.account.total += 1
 
 
-def _actors(options: RestoreOptions) -> tuple[Literal["cpu", "cuda"], int]:
-    """The device, and how many processes hold the model. Raises UsageError for what the cluster does not have."""
+@dataclass(frozen=True)
+class _Actors:
+    """The processes that hold the model."""
+
+    device: Literal["cpu", "cuda"]
+    count: int
+    cpus: int
+    """That each of them has to itself, on CPUs."""
+
+
+def _actors(options: RestoreOptions, device: Literal["cpu", "cuda"] | None = None) -> _Actors:
+    """On the cluster as it is now. Raises UsageError for what it does not have.
+
+    `device` is that of the waves before: nodes may be away for a moment, and all photographs go the same way.
+    """
     cluster.connect()
-    device = cluster.pick_device(options.device)
-    return device, cluster.processes(device, options.workers)
+    first = device is None
+    if device is None:
+        device = cluster.pick_device(options.device)
+    else:
+        cluster.await_node(device)
+    each = cluster.cpus_each() if device == "cpu" and options.workers is None else 1
+    count = cluster.processes(device, options.workers if first else None, cpus_each=each)
+    return _Actors(device, count if first else max(1, min(options.workers or MOST_ACTORS, count)), each)
 
 
 def _plan(
     input: Storage, output: Storage, model: ModelFolder, options: RestoreOptions, device: Literal["cpu", "cuda"] | None
-) -> tuple[RestoreRun, int]:
-    """What the workers are told, and how many there are, on the cluster as it is now.
-
-    `device` is that of the waves before: nodes may be away for a moment, and all photographs go the same way.
-    """
-    if device is None:
-        device, actors = _actors(options)
-    else:
-        cluster.await_node(device)
-        actors = max(1, min(options.workers or MOST_ACTORS, cluster.processes(device, None)))
+) -> tuple[RestoreRun, _Actors]:
+    """What the workers are told, and how many there are; `device` as above."""
+    actors = _actors(options, device)
     cpus, _ = cluster.resources()
     run = RestoreRun(
         input=input,
         output=output,
         model=model,
-        device=device,
-        threads=1 if device == "cuda" else max(1, cpus // actors),
-        max_pixels=options.max_pixels or cluster.pixel_budget(actors if device == "cpu" else cpus),
+        device=actors.device,
+        threads=1 if actors.device == "cuda" else max(1, cpus // actors.count),
+        max_pixels=options.max_pixels
+        or cluster.pixel_budget(actors.count if actors.device == "cpu" else cpus, cpus_each=actors.cpus),
         strip_metadata=options.strip_metadata,
         frames=options.frames,
         repair=options.repair,
@@ -578,7 +595,7 @@ def _plan(
     return run, actors
 
 
-def _restore_wave(wave: _Wave, run: RestoreRun, actors: int, options: RestoreOptions, account: Account) -> None:
+def _restore_wave(wave: _Wave, run: RestoreRun, actors: _Actors, options: RestoreOptions, account: Account) -> None:
     account.done.clear()
     account.refusable = wave.refusable
     context = ray.data.DataContext.get_current()
@@ -586,7 +603,7 @@ def _restore_wave(wave: _Wave, run: RestoreRun, actors: int, options: RestoreOpt
     context.set_config(BACKPRESSURE_KEY, BACKPRESSURE)
     limits = context.execution_options.resource_limits
     if options.workers is not None:  # else Ray Data asks for more nodes while all that it may use is busy
-        most = {"gpu": actors} if run.device == "cuda" else {"cpu": actors}
+        most = {"gpu": actors.count} if run.device == "cuda" else {"cpu": actors.count}
         context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(**most)
     try:
         # What is missing after the first pass was beside something that killed its actor; in the second it is alone.
@@ -594,13 +611,14 @@ def _restore_wave(wave: _Wave, run: RestoreRun, actors: int, options: RestoreOpt
             missing = wave.rows.keys() - account.done
             if not missing:
                 break
-            units = list(wave.units(missing, 1 if alone else options.batch_size, actors))
+            units = list(wave.units(missing, 1 if alone else options.batch_size, actors.count))
             dataset = build_dataset(
                 units,
                 run,
-                actors=min(actors, len(units)),
+                actors=min(actors.count, len(units)),
                 most_actors=min(options.workers or MOST_ACTORS, len(units)),
                 batch_size=options.batch_size,
+                cpus=actors.cpus,
                 separate=run.device == "cuda" and wave.groups is None,
                 gpus=1 if run.device == "cuda" else 0,
                 alone=alone,

@@ -29,8 +29,8 @@ class Evaluate:
     model: tuple[str, ...] = ("faces",)
     """Bundled models' names, or paths or URIs of model folders; the first is the one that is looked at closely."""
     baselines: tuple[Name, ...] = ()
-    """Methods without training to compare with: 3x3 median, non-local means, total variation; Telea's and the
-    Navier-Stokes inpainting, which are told the exact mask, need OpenCV: pip install -c constraints.txt -e '.[peers]'."""
+    """Methods without training to compare with: 3x3 median, non-local means, total variation; Telea's and the Navier-
+    Stokes inpainting, which are told the exact mask, need OpenCV: pip install -c constraints.txt -e '.[peers]'."""
     split: Literal["val", "test"] = "val"
     """Which people of a dataset: those of val or of test."""
     damages: tuple[str, ...] = ()

@@ -495,17 +495,6 @@ def test_metadata_of_avif_is_taken_out_in_place(frames: int, orientation: int) -
         assert np.array_equal(np.asarray(image), np.asarray(before))
 
 
-def test_an_avif_turned_by_its_xmp_alone_keeps_it_or_is_told() -> None:
-    xmp = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="3"/>'
-    source = saved(Image.fromarray(smooth()), "AVIF", xmp=xmp)
-    picture = decode(source)
-    assert picture.orientation == 3
-    with pytest.raises(
-        ItemError, match=r"^encode: the metadata of this AVIF .* \(there is no place for its orientation"
-    ):
-        without_metadata(source, picture=picture)
-
-
 def test_an_avif_turned_by_its_own_boxes_keeps_them() -> None:
     exif = Image.Exif()
     exif[274] = 6

@@ -3,6 +3,7 @@
 import struct
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from restore_core.codec.colour import Pixels, steps_of
@@ -31,7 +32,7 @@ def encoded(image: Image.Image, source: bytes) -> bytes:
     size, bits = _header_size(source), depth(source)
     header = bytearray(source[14 : 14 + size])
     colours = b"" if bits > 8 else _colours(image, 2**bits)
-    pixels = _packed_colour(image, bits, _masks(source)) if bits > 8 else _packed(image, bits)
+    pixels = _packed_colour(image, source) if bits > 8 else _packed(image, bits)
     rows = b"".join(row.tobytes().ljust((row.nbytes + 3) // 4 * 4, b"\0") for row in pixels[::-1])  # bottom up
     if size == _OLD_HEADER:
         table = b"".join(colours[at : at + 3] for at in range(0, len(colours), 4))
@@ -82,13 +83,26 @@ def _packed(image: Image.Image, bits: int) -> Pixels:
     return np.packbits(places.reshape(len(index), -1), axis=1)
 
 
-def _packed_colour(image: Image.Image, bits: int, masks: list[int]) -> Pixels:
-    pixels = np.zeros((image.height, image.width), "<u4")
+def _packed_colour(image: Image.Image, source: bytes) -> Pixels:
+    bits, masks = depth(source), _masks(source)
+    pixels = _unused_bits(source, image.height, image.width) & ~np.uint32(masks[0] | masks[1] | masks[2] | masks[3])
     for channel, mask in zip(image.split(), masks, strict=False):
         if mask:
             steps = steps_of(np.asarray(channel), mask.bit_count()).astype(np.uint32)
             pixels |= steps << ((mask & -mask).bit_length() - 1)
     return pixels.view(np.uint8).reshape(*pixels.shape, 4)[:, :, : bits // 8]
+
+
+def _unused_bits(source: bytes, height: int, width: int) -> npt.NDArray[np.uint32]:
+    """The pixels as they are in the file, for what no mask names: some programs take the fourth byte for alpha."""
+    bytes_each = depth(source) // 8
+    if bytes_each == 3 or _header_size(source) == _OLD_HEADER:
+        return np.zeros((height, width), np.uint32)
+    stride = (width * bytes_each + 3) // 4 * 4
+    rows = np.frombuffer(source, np.uint8, height * stride, struct.unpack_from("<I", source, 10)[0])
+    pixels = np.ascontiguousarray(rows.reshape(height, stride)[:, : width * bytes_each]).view(f"<u{bytes_each}")
+    top_down = struct.unpack_from("<i", source, 22)[0] < 0
+    return (pixels if top_down else pixels[::-1]).astype(np.uint32)
 
 
 def _profile(data: bytes) -> bytes:

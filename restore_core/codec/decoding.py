@@ -19,7 +19,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from restore_core import exif, memory
 from restore_core.codec import avif, bmp, colour, gif, jpeg, jpeg2000, png
 from restore_core.codec.colour import Native, Pixels
-from restore_core.codec.frames import split, too_large
+from restore_core.codec.frames import fills_screen, split, too_large
 from restore_core.errors import ErrorClass, ItemError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000")
@@ -118,7 +118,7 @@ def decode_frames(data: bytes, *, max_pixels: int, frames: Frames = "refuse") ->
                 mode = image.mode  # which going through the frames may change
                 parts = split(image, data, max_pixels)
                 if not isinstance(image, TiffImageFile):  # not before: of PNG it decodes the first frame
-                    holder = Holder(image.format or "", mode, _orientation(image))
+                    holder = Holder(image.format or "", mode, orientation_of(image))
     if not parts:
         return [Frame(decode(data, max_pixels=max_pixels, frames=frames))]
     total = sum(_weighed(open_header(part, max_pixels=max_pixels), part) for part in parts)
@@ -164,12 +164,14 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, frames: Frames 
         raise too_large(f"{width} x {height} pixels{counted}", max_pixels)
     count = _count(data, max_pixels, frames)
     if reason := _unsupported(image, data, 1 if frames == "first" else count):
-        if _is_cut_off(data):  # the reason may be no more than a missing end, such as half of a BMP's grey palette
+        # The reason may be no more than a missing end, such as half of a BMP's grey palette, or damage.
+        if image.format == "GIF" or _is_cut_off(data):
             with _decoding(data):
                 image.load()
         raise ItemError("unsupported", reason)
     turned = _tiff_orientation(image)  # which loading forgets
     native: Native | None
+    _require_all_strips(image)
     with _decoding(data):
         if image.mode in ("RGB", "RGBA") and _is_deep(image, data):
             pixels, alpha, native = colour.rgb_of_deep(_deep_values(image, data, max_pixels))
@@ -182,6 +184,11 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, frames: Frames 
             alpha = np.where((values == np.asarray(key)).all(axis=2), 0, 255).astype(np.uint8)
     if pixels.shape != (height, width, 3):
         raise ItemError("decode", f"its header says {width} x {height} pixels, and it has {pixels.shape[:2][::-1]}")
+    if image.format == "PNG" and (png.is_interlaced(data) or _is_empty(pixels[-1], image.mode)):
+        with _decoding(data):
+            whole = png.has_all_rows(data)
+        if not whole:
+            raise _cut_off(data)
     return Picture(
         pixels=pixels,
         format=image.format or "",
@@ -190,7 +197,7 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, frames: Frames 
         height=height,
         alpha=alpha,
         gray=image.mode in GRAY_MODES,
-        orientation=_valid(turned) or _orientation(image),
+        orientation=_valid(turned) or orientation_of(image),
         native=native,
         left_out=count - 1,
     )
@@ -219,6 +226,23 @@ def as_stored(image: ImageFile.ImageFile) -> Image.Image:
         image.info.pop("xmp", None)  # where Pillow would look for an orientation next, and turn it by that
     image.load()
     return image if undo is None else image.transpose(undo)
+
+
+def _is_empty(row: Pixels, mode: str) -> bool:
+    """Whether all values may be 0, as those are that Pillow did not find."""
+    return bool((row == row[0]).all()) if mode == "P" else not row.any()
+
+
+def _require_all_strips(image: ImageFile.ImageFile) -> None:
+    """Of TIFF that is not compressed Pillow reads the strips that there are, and takes the rest for zeros. Raises
+    ItemError."""
+    if not isinstance(image, TiffImageFile) or not image.tile or image.tile[0].codec_name != "raw":
+        return
+    planes = len(image.getbands()) if image.tag_v2.get(284, 1) == 2 else 1
+    areas = (tile.extents or (0, 0, 0, 0) for tile in image.tile)
+    there = sum((right - left) * (below - top) for left, top, right, below in areas)
+    if there < math.prod(image.size) * planes or any(tile.offset == 0 for tile in image.tile):
+        raise ItemError("decode", "the file is damaged: it does not say where all of its strips or tiles are")
 
 
 def _deep_values(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> Native:
@@ -345,7 +369,11 @@ def _is_cut_off(data: bytes) -> bool:
     if data.startswith((b"II*\0", b"MM\0*")):
         try:
             ifd, _ = exif.read_ifd(data, exif.first_ifd(data))
-        except (struct.error, ValueError):
+        except ValueError:  # some tag's value is outside: not that of the strips, perhaps
+            ifd, _ = exif.read_ifd(data, exif.first_ifd(data), skip_damaged=True)
+            if not {273, 279} <= (tags := {entry.tag for entry in ifd}) and not {324, 325} <= tags:
+                return True
+        except struct.error:
             return True
         places = {entry.tag: entry.integers(data) for entry in ifd if entry.tag in (273, 279, 324, 325)}
         ends = [
@@ -393,11 +421,14 @@ def _unsupported(image: ImageFile.ImageFile, data: bytes, frames: int) -> str | 
         return "JPEG with an HDR gain map (Ultra HDR); save it as a plain JPEG first"
     if image.mode == "CMYK" and image.format == "JPEG" and "adobe_transform" not in image.info:
         return f"CMYK JPEG that does not say whether its inks are inverted; {convert}"
-    if isinstance(image, JpegImageFile) and jpeg.frame(data)[0] in jpeg.LOSSLESS:
-        return "lossless JPEG; convert it to PNG or TIFF first"
+    if isinstance(image, JpegImageFile) and (kind := jpeg.unreadable(data)):
+        return f"{kind} JPEG; convert it to PNG or TIFF first"
     match image.format:
         case "PNG":
             return _unsupported_png(image, data)
+        case "GIF":
+            if not fills_screen(image):
+                return f"GIF whose picture does not fill its screen; {convert}"
         case "BMP":
             depth = bmp.depth(data)
             if depth == 1 or (image.mode == "L" and depth != 8):
@@ -421,6 +452,8 @@ _GRAY_ALPHA = 4
 def _unsupported_png(image: ImageFile.ImageFile, data: bytes) -> str | None:
     convert = "convert it to 8-bit grey, RGB or RGBA first"
     (depth, kind), deep = png.depth_and_colour(data), _is_deep(image, data)
+    if next(png.chunks(data))[0] == b"CgBI":
+        return f"PNG of Apple's own kind (CgBI); {convert}"
     if depth == 1:
         return f"PNG with 1 bit a channel; {convert}"
     if deep and image.mode == "RGBA" and kind == _GRAY_ALPHA:  # Pillow makes 8 bits of them
@@ -468,11 +501,16 @@ def _tiff_orientation(image: ImageFile.ImageFile) -> Any:
     return image.tag_v2.get(exif.ORIENTATION) if isinstance(image, TiffImageFile) else None
 
 
-def _orientation(image: ImageFile.ImageFile) -> int | None:
+def orientation_of(image: ImageFile.ImageFile) -> int | None:
+    """That of EXIF. Where that has none Pillow takes one from XMP, which viewers do not turn pictures by."""
+    told = image.info
+    image.info = {name: value for name, value in told.items() if name not in ("xmp", "XML:com.adobe.xmp")}
     try:
         return _valid(image.getexif().get(exif.ORIENTATION))
     except BROKEN_FILE:  # a damaged EXIF block does not make the pixels worse
         return None
+    finally:
+        image.info = told
 
 
 def _valid(orientation: object) -> int | None:

@@ -24,6 +24,7 @@ from restore_core.codec.decoding import (
     decode,
     one_line,
     open_header,
+    orientation_of,
 )
 from restore_core.codec.frames import alphas, animation_options
 from restore_core.errors import ItemError
@@ -48,7 +49,7 @@ def encode(pixels: Pixels, source: bytes, *, picture: Picture, software: str, st
         block = _exif_block(original, source, picture.orientation, software, strip_metadata)
         match original:
             case JpegImageFile():
-                new = _encode_jpeg(_image(pixels, picture), original, block, strip_metadata)
+                new = _encode_jpeg(_image(pixels, picture), original, source, block, strip_metadata)
                 return new if strip_metadata or original.format == "MPO" else new + _after_jpeg(source)
             case TiffImageFile():
                 return _encode_tiff(pixels, picture, original, source, software, strip_metadata)
@@ -193,8 +194,7 @@ def _animation(
     images: list[ImageFile.ImageFile], original: ImageFile.ImageFile, source: bytes, software: str, strip: bool
 ) -> bytes:
     options = animation_options(original)
-    orientation = original.getexif().get(exif.ORIENTATION)
-    block = _exif_block(original, source, orientation if isinstance(orientation, int) else None, software, strip)
+    block = _exif_block(original, source, orientation_of(original), software, strip)
     match original.format:
         case "GIF":
             frames = [_gif_frame(image) for image in images]
@@ -293,9 +293,10 @@ def _saved(image: Image.Image, format: str, **options: object) -> bytes:
 # --- Encoding, one function a format ---------------------------------------------------------------------------------
 
 
-def _encode_jpeg(image: Image.Image, original: JpegImageFile, block: bytes, strip: bool) -> bytes:
+def _encode_jpeg(image: Image.Image, original: JpegImageFile, source: bytes, block: bytes, strip: bool) -> bytes:
     info = original.info
-    tables = [original.quantization[layer[3]] for layer in original.layer]  # one for each component
+    finest = original.quantization | jpeg.finest_tables(source)
+    tables = [finest[layer[3]] for layer in original.layer]  # one for each component
     sampling = get_sampling(original)
     options: dict[str, object] = {"xmp": info.get("xmp"), "extra": _segments(original)}
     if image.mode == "CMYK":  # Pillow writes the inks as they are, not YCCK, and one table for all: the finest
@@ -305,9 +306,8 @@ def _encode_jpeg(image: Image.Image, original: JpegImageFile, block: bytes, stri
     components = [layer[0] for layer in original.layer]
     marked = info["adobe_transform"] == 0 if "adobe_transform" in info else bytes(components) == b"RGB"
     keep_rgb = len(tables) == 3 and marked and "jfif" not in info  # as libjpeg tells it (jdapimin.c)
-    new = _saved(
+    new = _saved_jpeg(
         image,
-        "JPEG",
         qtables=tables[:2] if tables[1:2] == tables[2:3] else tables,
         # kinds that Pillow cannot write, and any of RGB as it is: keep all of the colour
         subsampling=sampling if sampling >= 0 and not keep_rgb else 0,
@@ -318,6 +318,20 @@ def _encode_jpeg(image: Image.Image, original: JpegImageFile, block: bytes, stri
         **({} if strip else options),
     )
     return _with_jpeg_density(new, info)
+
+
+def _saved_jpeg(image: Image.Image, **options: object) -> bytes:
+    try:
+        return _saved(image, "JPEG", **options)
+    except OSError:
+        if not options["progressive"]:
+            raise
+    # Of progressive files libjpeg writes all at once, and Pillow gives it two bytes a pixel: too few for fine grain.
+    before, ImageFile.MAXBLOCK = ImageFile.MAXBLOCK, 2**16 + 4 * len(image.getbands()) * image.width * image.height
+    try:
+        return _saved(image, "JPEG", **options)
+    finally:
+        ImageFile.MAXBLOCK = before
 
 
 def _after_jpeg(source: bytes) -> bytes:
@@ -333,12 +347,12 @@ def _with_jpeg_density(new: bytes, info: dict[str | tuple[int, int], Any]) -> by
 
 
 def _segments(original: JpegImageFile) -> bytes:
-    """Return the segments that Pillow does not carry: IPTC captions (APP13), the rest of a long XMP (APP1) and all the
-    comments."""
+    """The segments that Pillow does not carry: IPTC captions, the rest of a long XMP, comments, and what programs and
+    cameras have added; but not those that are written anew or tell of the pixels as they were."""
     return b"".join(
-        struct.pack(">BBH", 0xFF, _JPEG_TEXTS[name], len(segment) + 2) + segment
+        struct.pack(">BBH", 0xFF, 0xFE if name == "COM" else 0xE0 + int(name[3:]), len(segment) + 2) + segment
         for name, segment in original.applist
-        if name in _JPEG_TEXTS and (name != "APP1" or segment.startswith(b"http://ns.adobe.com/xmp/extension/\0"))
+        if not segment.startswith(_JPEG_OWN.get(name, b"\0no such beginning"))
     )
 
 
@@ -512,15 +526,23 @@ _PNG_COLOURS = {2: 3, 4: 5, 8: 17}
 _WEBP_PIXELS = (b"VP8 ", b"VP8L", b"ANMF")
 _JPEG_COLOUR = {0xE2: b"ICC_PROFILE\0", 0xEE: b"Adobe"}
 """Segments that say what the numbers mean."""
-_JPEG_TEXTS = {"APP1": 0xE1, "APP13": 0xED, "COM": 0xFE}
+_JPEG_OWN: dict[str, bytes | tuple[bytes, ...]] = {
+    "APP0": b"",
+    "APP1": (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"),
+    "APP2": (b"ICC_PROFILE\0", b"MPF\0"),
+    "APP11": b"",
+    "APP14": b"",
+}
+"""By their beginnings: JFIF, EXIF, XMP, the profile, where other pictures are, content credentials, Adobe's."""
 _TIFF_LOSSLESS = ("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "lzma", "zstd")
 # Tags that describe how pixels are laid out in the file: Pillow's, not the source's, are true after encoding.
 _TIFF_LAYOUT = {
-    *range(254, 267), 273, *range(277, 282), 284, *range(288, 294), 317, 318, 319, 320, *range(322, 326), 330,
+    *range(254, 267), 273, *range(277, 282), 284, *range(288, 294), 317, 320, *range(322, 326), 330,
     *range(338, 348), *range(512, 522), *range(529, 533), 34675,
 }  # fmt: skip
-_TIFF_RESOLUTION = (282, 283, 296)
-_TIFF_IMAGE = _TIFF_LAYOUT - {330} | {*_TIFF_RESOLUTION, exif.ORIENTATION}
+_TIFF_SHOWN = (282, 283, 296, 301, 318, 319, exif.ORIENTATION)
+"""Resolution, what the numbers mean (transfer function, white point, primaries), and the way up."""
+_TIFF_IMAGE = _TIFF_LAYOUT - {330} | {*_TIFF_SHOWN}
 """What a page needs to be read; 330 are other pictures."""
 
 
@@ -551,7 +573,7 @@ def _encode_tiff(
     tags = [
         entry
         for entry in exif.read_ifd(source, exif.first_ifd(source), skip_damaged=True)[0]
-        if entry.tag not in _TIFF_LAYOUT and (not strip or entry.tag in (*_TIFF_RESOLUTION, exif.ORIENTATION))
+        if entry.tag not in _TIFF_LAYOUT and (not strip or entry.tag in _TIFF_SHOWN)
     ]
     entries |= {entry.tag: entry for entry in exif.all_moved(tags, source, tiff)}
     if not strip:

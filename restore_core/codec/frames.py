@@ -45,6 +45,8 @@ def split(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> list[byte
     if image.width * image.height * frames > max_pixels:
         size = f"{frames} frames of {image.width} x {image.height} pixels"
         raise too_large(size, max_pixels)
+    if image.format == "GIF" and not fills_screen(image):
+        raise ItemError("unsupported", f"GIF whose first picture does not fill its screen; {advice}")
     clear = image.format != "PNG" and _is_clear(image, frames)
     opaque = "L" if image.format == "AVIF" and image.mode == "L" else "RGB"
     parts = []
@@ -57,6 +59,14 @@ def split(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> list[byte
         Image.frombytes(frame.mode, frame.size, frame.tobytes()).save(file, "PNG", compress_level=1)  # pixels alone
         parts.append(file.getvalue())
     return parts
+
+
+def fills_screen(image: ImageFile.ImageFile) -> bool:
+    """Whether the GIF's picture does, which has not been loaded yet, or what is around it can be seen through.
+
+    Else it would be opaque around it, where viewers show nothing.
+    """
+    return not image.tile or image.tile[0].extents == (0, 0, *image.size) or "transparency" in image.info
 
 
 def _is_clear(image: ImageFile.ImageFile, frames: int) -> bool:

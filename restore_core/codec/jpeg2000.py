@@ -3,10 +3,12 @@
 import struct
 from collections.abc import Iterator
 
-_HEADER, _COLOUR, _PALETTE, _CODESTREAM = b"jp2h", b"colr", b"pclr", b"jp2c"
+_HEADER, _COLOUR, _PALETTE, _CHANNELS, _CODESTREAM = b"jp2h", b"colr", b"pclr", b"cdef", b"jp2c"
 _NEEDED = (b"jP  ", b"ftyp", b"rreq", _HEADER, _CODESTREAM)
 _COMMENT, _TILE, _END = b"\xff\x64", b"\xff\x90", b"\xff\xd9"
 _SRGB, _GRAY = 16, 17
+_WHOLE = 0, 0xFFFF
+"""What a channel is told to belong to, if that is no single colour."""
 
 
 def unsupported(data: bytes) -> str | None:
@@ -16,14 +18,31 @@ def unsupported(data: bytes) -> str | None:
     components = int.from_bytes(stream[40:42], "big")
     if len(stream) < 42 + 3 * components:
         return f"JPEG 2000 with a damaged header; {advice}"
+    if any(stream[43 + 3 * index : 45 + 3 * index] != b"\1\1" for index in range(components)):  # Pillow shears them
+        return f"JPEG 2000 whose channels are not all of the picture's size; {advice}"
     if {stream[42 + 3 * index] for index in range(components)} != {7}:  # bits - 1; the top bit means signed
         return f"JPEG 2000 that is not of 8-bit unsigned numbers; {advice}"
+    if sum(kind == _CODESTREAM for kind, _ in _boxes(data)) > 1:
+        return f"JPEG 2000 of several pictures; {advice}"
     for kind, body in _boxes(_header(data)):
+        if kind == _CHANNELS and not _in_order(body, components):
+            return f"JPEG 2000 with its channels in another order, or premultiplied alpha; {advice}"
         if kind == _PALETTE:
             return f"JPEG 2000 with a palette; {advice}"
         if kind == _COLOUR and body[:1] == b"\1" and int.from_bytes(body[3:7], "big") not in (_SRGB, _GRAY):
             return f"JPEG 2000 that is neither grey nor RGB; {advice}"
     return None
+
+
+def _in_order(channels: bytes, components: int) -> bool:
+    """Whether they are the colours, and then alpha if there is one (box cdef, I.5.3.6), as Pillow takes them to be."""
+    count = min(int.from_bytes(channels[:2], "big"), (len(channels) - 2) // 6)
+    for index in range(count):
+        channel, kind, belongs = struct.unpack_from(">3H", channels, 2 + 6 * index)
+        is_alpha = kind == 1 and channel == components - 1 and components in (2, 4)
+        if not is_alpha and (kind != 0 or belongs not in (channel + 1, *_WHOLE)):
+            return False
+    return True
 
 
 def is_whole(data: bytes) -> bool:

@@ -7,6 +7,11 @@ from collections.abc import Iterable, Iterator
 Chunk = tuple[bytes, bytes]
 """Type and body."""
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+"""By colour type."""
+_PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""Of Adam7: the first pixel's column and row, and how far the next ones are to the right and below."""
+_PIECE = 2**20
 
 
 def chunks(png: bytes) -> Iterator[Chunk]:
@@ -33,11 +38,47 @@ def joined(chunks: Iterable[Chunk]) -> bytes:
 
 
 def depth_and_colour(png: bytes) -> tuple[int, int]:
-    """Bits a channel and colour type, of the header that counts to Pillow: the last one before the pixels."""
+    """Bits a channel and colour type."""
+    header = _header(png)
+    return header[8], header[9]
+
+
+def is_interlaced(png: bytes) -> bool:
+    return bool(_header(png)[12])
+
+
+def has_all_rows(png: bytes) -> bool:
+    """Whether the compressed pixels are as many as the header says. Pillow takes those that are not there for zeros,
+    where the compressed data ends as it should."""
+    (width, height), header = struct.unpack_from(">II", _header(png)), _header(png)
+    bits = header[8] * _CHANNELS.get(header[9], 1)
+    passes = _PASSES if header[12] else ((0, 0, 1, 1),)
+    sizes = [
+        (-(-(width - left) // across), -(-(height - top) // down))
+        for left, top, across, down in passes
+        if left < width and top < height
+    ]
+    needed = sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in sizes)
+    unpacker, rest = zlib.decompressobj(), b""
+    try:
+        for body in (body for kind, body in chunks(png) if kind == b"IDAT"):
+            rest = body
+            while rest and needed > 0 and not unpacker.eof:
+                needed -= len(unpacker.decompress(rest, _PIECE))
+                rest = unpacker.unconsumed_tail
+        while needed > 0 and not unpacker.eof and (more := unpacker.decompress(b"", _PIECE)):
+            needed -= len(more)
+    except zlib.error:  # which Pillow, who read it, did not mind
+        return True
+    return bool(needed <= 0)
+
+
+def _header(png: bytes) -> bytes:
+    """The one that counts to Pillow: the last one before the pixels."""
     header = bytes(13)
     for kind, body in chunks(png):
         if kind == b"IHDR":
             header = body.ljust(13, b"\0")
         if kind == b"IDAT":
             break
-    return header[8], header[9]
+    return header

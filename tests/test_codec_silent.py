@@ -1,0 +1,313 @@
+"""What Pillow passes over without a word: it would come out as another picture, or with less than it had."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from photos import pixels, png_of
+from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+from restore_core import exif
+from restore_core.codec import decode, encode, jpeg, png, without_metadata
+from restore_core.errors import ItemError
+
+
+def file_of(image: Image.Image, name: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, name, **options)
+    return file.getvalue()
+
+
+def photograph(mode: str = "RGB", height: int = 24, width: int = 32) -> Image.Image:
+    return Image.fromarray(pixels(3, height, width)).convert(mode)
+
+
+def failing(data: bytes, error: str) -> str:
+    with pytest.raises(ItemError) as raised:
+        decode(data)
+    assert raised.value.error == error, raised.value.message
+    return raised.value.message
+
+
+def restored(source: bytes, change: int = 9, strip_metadata: bool = False) -> bytes:
+    picture = decode(source)
+    new = np.clip(picture.pixels.astype(int) + change, 0, 255).astype(np.uint8)
+    return encode(new, source, picture=picture, software="test", strip_metadata=strip_metadata)
+
+
+# --- JPEG 2000 -------------------------------------------------------------------------------------------------------
+
+
+def box(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I4s", len(body) + 8, kind) + body
+
+
+def jp2(*, header: bytes = b"", times: int = 1) -> bytes:
+    """With more boxes in its header, or more pictures."""
+    size = box(b"ihdr", struct.pack(">IIHBBBB", 24, 32, 3, 7, 7, 0, 0))
+    colour = box(b"colr", b"\1\0\0" + struct.pack(">I", 16))
+    stream = box(b"jp2c", file_of(photograph(), "JPEG2000", no_jp2=True))
+    start = box(b"jP  ", b"\r\n\x87\n") + box(b"ftyp", b"jp2 \0\0\0\0jp2 ")
+    return start + box(b"jp2h", size + colour + header) + times * stream
+
+
+def channels(*of: tuple[int, int, int]) -> bytes:
+    return box(b"cdef", struct.pack(f">H{3 * len(of)}H", len(of), *(value for one in of for value in one)))
+
+
+@pytest.mark.parametrize("component", [0, 1, 2])
+@pytest.mark.parametrize("step", [b"\2\1", b"\1\2", b"\2\2"])
+def test_jpeg_2000_with_fewer_samples_of_a_channel_is_refused(component: int, step: bytes) -> None:
+    data = bytearray(file_of(photograph(), "JPEG2000", no_jp2=True))
+    data[43 + 3 * component : 45 + 3 * component] = step
+    assert "not all of the picture's size" in failing(bytes(data), "unsupported")
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        [(0, 0, 3), (1, 0, 2), (2, 0, 1)],  # blue first
+        [(0, 1, 0), (1, 0, 1), (2, 0, 2)],  # transparency first
+        [(0, 0, 1), (1, 0, 2), (2, 2, 0)],  # premultiplied
+    ],
+)
+def test_jpeg_2000_with_channels_in_another_order_is_refused(of: list[tuple[int, int, int]]) -> None:
+    assert "channels in another order" in failing(jp2(header=channels(*of)), "unsupported")
+
+
+def test_jpeg_2000_that_names_its_channels_in_order_is_restored() -> None:
+    plain, named = jp2(), jp2(header=channels((0, 0, 1), (1, 0, 2), (2, 0, 3)))
+    assert np.array_equal(decode(plain).pixels, decode(named).pixels)
+    assert channels((0, 0, 1), (1, 0, 2), (2, 0, 3)) in restored(named)
+    alpha = file_of(photograph("RGBA"), "JPEG2000")
+    assert decode(alpha).mode == decode(restored(alpha)).mode == "RGBA"
+
+
+def test_jpeg_2000_of_several_pictures_is_refused() -> None:
+    assert "several pictures" in failing(jp2(times=2), "unsupported")
+
+
+# --- JPEG ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_fine_grain_fits_into_a_progressive_jpeg(mode: str) -> None:
+    noise = np.random.default_rng(0).normal(128, 60, (300, 200, 3)).clip(0, 255).astype(np.uint8)
+    tables = [[1] * 64]
+    source = file_of(Image.fromarray(noise).convert(mode), "JPEG", qtables=tables, subsampling=0)
+    progressive = file_of(photograph(mode, 300, 200), "JPEG", qtables=tables, subsampling=0, progressive=True)
+    after = encode(decode(source).pixels, progressive, picture=decode(progressive), software="test")
+    assert Image.open(io.BytesIO(after)).info["progressive"]
+    assert np.abs(decode(after).pixels.astype(int) - decode(source).pixels).max() <= (12 if mode == "RGB" else 3)
+
+
+def scans_of_their_own(*tables: int, later: int) -> bytes:
+    """A JPEG of three channels, one scan each; its second table is defined between the scans."""
+    parts = [file_of(photograph("L", 16, 24), "JPEG", qtables=[[table] * 64]) for table in tables]
+
+    def segment(source: bytes, code: int) -> bytes:
+        return b"".join(source[at:end] for at, end in jpeg.segments(source)[0] if source[at + 1] == code)
+
+    def scan(channel: int) -> bytes:
+        return b"\xff\xda\0\x08\1" + bytes([channel, 0, 0, 63, 0]) + segment(parts[channel - 1], 0xDA)[10:]
+
+    frame = struct.pack(">BBHBHHB", 0xFF, 0xC0, 17, 8, 16, 24, 3) + b"\1\x11\0\2\x11\1\3\x11\1"
+    huffman = segment(parts[0], 0xC4)
+    second = b"\xff\xdb\0\x43\1" + bytes([later] * 64)
+    return b"\xff\xd8" + segment(parts[0], 0xDB) + frame + huffman + scan(1) + second + scan(2) + scan(3) + b"\xff\xd9"
+
+
+def test_a_table_between_the_scans_of_a_jpeg_is_the_one_that_is_taken() -> None:
+    source = scans_of_their_own(7, 3, 3, later=3)
+    after = Image.open(io.BytesIO(restored(source)))
+    assert [set(after.quantization[layer[3]]) for layer in after.layer] == [{7}, {3}, {3}]
+    assert jpeg.finest_tables(source) == {0: [7] * 64, 1: [3] * 64}
+
+
+def test_tables_are_pillows() -> None:
+    source = file_of(photograph(), "JPEG", quality=70)
+    assert jpeg.finest_tables(source) == Image.open(io.BytesIO(source)).quantization
+
+
+@pytest.mark.parametrize("code", [0xC5, 0xC6, 0xCD, 0xCE])
+def test_hierarchical_jpeg_is_refused_by_name(code: int) -> None:
+    data = file_of(photograph(), "JPEG").replace(b"\xff\xc0", bytes([0xFF, code]), 1)
+    assert failing(data, "unsupported").startswith("hierarchical JPEG")
+
+
+@pytest.mark.filterwarnings("ignore:Image appears to be a malformed MPO")
+def test_what_cameras_and_programs_add_to_a_jpeg_stays() -> None:
+    kept = [
+        (0xE1, b"FLIR\0thermal"), (0xE2, b"FPXR\0preview"), (0xE3, b"Meta\0\0"), (0xE5, b"RMETA\0"), (0xEC, b"Ducky\0"),
+        (0xED, b"Photoshop 3.0\0"), (0xFE, b"a comment"),
+    ]  # fmt: skip
+    gone = [(0xE0, b"JFXX\0thumbnail"), (0xE2, b"MPF\0places"), (0xEB, b"JP\0\0credentials")]
+    plain = file_of(photograph(), "JPEG")
+    more = b"".join(struct.pack(">BBH", 0xFF, code, len(body) + 2) + body for code, body in (*kept, *gone))
+    source = plain[:20] + more + plain[20:]
+    after, bare = restored(source), restored(source, strip_metadata=True)
+    for _, body in kept:
+        assert after.count(body) == 1 and body not in bare
+    for _, body in gone:
+        assert body not in after and body not in bare
+
+
+# --- PNG -------------------------------------------------------------------------------------------------------------
+
+KINDS = {"L": (1, 0), "RGB": (3, 2), "P": (1, 3), "LA": (2, 4), "RGBA": (4, 6)}
+
+
+def png_with(mode: str, rows: bytes, height: int, width: int, interlaced: int = 0) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, KINDS[mode][1], 0, 0, interlaced)
+    palette = [(b"PLTE", bytes(range(256)) * 3)] if mode == "P" else []
+    packed = zlib.compress(rows)
+    half = len(packed) // 2
+    parts = [(b"IDAT", packed[:half]), (b"IDAT", packed[half:])]
+    return png_of((b"IHDR", header), *palette, *parts, (b"IEND", b""))
+
+
+@pytest.mark.parametrize("mode", KINDS)
+def test_a_png_without_its_last_rows_is_truncated(mode: str) -> None:
+    height, width = 64, 50
+    row = b"\0" + bytes([200] * width * KINDS[mode][0])
+    assert decode(png_with(mode, row * height, height, width)).height == height
+    for there in (0, 20, height - 1):
+        failing(png_with(mode, row * there, height, width), "truncated")
+    black = b"\0" + bytes(width * KINDS[mode][0])
+    assert decode(png_with(mode, row * (height - 1) + black, height, width)).height == height
+    failing(png_with(mode, row * (height - 1) + black[:-1], height, width), "truncated")
+
+
+@pytest.mark.parametrize("height", range(1, 12))
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 8, 9, 50])
+def test_an_interlaced_png_needs_all_its_passes(height: int, width: int) -> None:
+    """What a real one holds is counted, and a byte less is too few."""
+    passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+    picture = pixels(1, height, width)
+    rows = b""
+    for left, top, across, down in passes:
+        part = picture[top::down, left::across]
+        rows += b"".join(b"\0" + row.tobytes() for row in part if row.size)
+    assert np.array_equal(decode(png_with("RGB", rows, height, width, 1)).pixels, picture)
+    failing(png_with("RGB", rows[:-1], height, width, 1), "truncated")
+    assert png.has_all_rows(png_with("RGB", rows + b"more", height, width, 1))
+
+
+def test_a_large_png_is_counted_in_pieces() -> None:
+    black = file_of(Image.new("RGB", (3000, 2000)), "PNG")
+    assert decode(black).width == 3000
+
+
+def test_apples_own_png_is_refused_by_name() -> None:
+    first, *others = png.chunks(file_of(photograph(), "PNG"))
+    assert "CgBI" in failing(png_of((b"CgBI", b"\x50\0\x20\2"), first, *others), "unsupported")
+
+
+# --- TIFF ------------------------------------------------------------------------------------------------------------
+
+
+def with_entries(tiff: bytes, *new: exif.Entry) -> bytes:
+    file = bytearray(tiff)
+    entries = {entry.tag: entry for entry in exif.read_ifd(file, exif.first_ifd(file))[0]}
+    exif.write_first_ifd(file, (entries | {entry.tag: entry for entry in new}).values(), 0)
+    return bytes(file)
+
+
+def number(tag: int, *values: int) -> exif.Entry:
+    return exif.Entry(tag, 4, len(values), struct.pack(f"<{len(values)}I", *values))
+
+
+def test_a_tiff_that_does_not_say_where_all_its_strips_are_is_damaged() -> None:
+    whole = file_of(photograph("L", 64, 32), "TIFF")
+    assert decode(with_entries(whole, number(278, 64))).height == 64
+    assert "strips" in failing(with_entries(whole, number(278, 16)), "decode")
+    assert "strips" in failing(with_entries(whole, number(278, 16), number(273, 8, 0, 8, 8)), "decode")
+    colour = file_of(photograph("RGB", 64, 32), "TIFF")
+    assert "strips" in failing(with_entries(colour, number(284, 2)), "decode")
+    planes = with_entries(colour, number(284, 2), number(273, 8, 2056, 4104), number(279, 2048, 2048, 2048))
+    assert decode(planes).mode == "RGB"
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read", "ignore:Corrupt EXIF data")
+def test_a_tag_outside_does_not_make_a_damaged_tiff_a_truncated_one() -> None:
+    """It is whole, but its pixels make no sense; of one that is cut off the strips lie outside."""
+    source = file_of(photograph("L", 64, 32), "TIFF", compression="tiff_adobe_deflate")
+    (start,) = next(entry for entry in exif.read_ifd(source, exif.first_ifd(source))[0] if entry.tag == 273).integers(
+        source
+    )
+    spoilt = source[:start] + b"\xff" * 8 + source[start + 8 :]
+    outside = bytearray(with_entries(spoilt, exif.Entry(315, 2, 30, b"x" * 30)))
+    at = outside.index(struct.pack("<HHI", 315, 2, 30))
+    outside[at + 8 : at + 12] = struct.pack("<I", 10**6)
+    failing(bytes(outside), "decode")
+    failing(source[:start] + bytes(4), "truncated")
+
+
+def test_a_tiff_keeps_what_its_numbers_mean() -> None:
+    tags = ImageFileDirectory_v2()
+    tags[318], tags[319], tags[301] = (
+        (0.3127, 0.329),
+        (0.64, 0.33, 0.3, 0.6, 0.15, 0.06),
+        tuple(range(0, 65536, 256)) * 3,
+    )
+    source = file_of(photograph(), "TIFF", tiffinfo=tags)
+    bare = without_metadata(source, picture=decode(source))
+    for after in (restored(source), restored(source, strip_metadata=True), bare):
+        for tag in (318, 319, 301):
+            assert Image.open(io.BytesIO(after)).tag_v2[tag] == Image.open(io.BytesIO(source)).tag_v2[tag]
+
+
+# --- GIF and BMP -----------------------------------------------------------------------------------------------------
+
+
+def test_a_gif_that_does_not_fill_its_screen_is_refused() -> None:
+    data = bytearray(file_of(photograph("P", 20, 20), "GIF"))
+    assert decode(bytes(data)).width == 20
+    data[6:10] = struct.pack("<HH", 40, 40)
+    assert "does not fill its screen" in failing(bytes(data), "unsupported")
+    first = photograph("P", 20, 20)
+    clear = bytearray(file_of(first, "GIF", transparency=first.getpixel((0, 0))))
+    clear[6:10] = struct.pack("<HH", 40, 40)
+    picture = decode(bytes(clear))
+    assert picture.alpha is not None and not picture.alpha[30:].any()
+
+
+@pytest.mark.parametrize("top_down", [False, True])
+@pytest.mark.parametrize("masks", [False, True])
+def test_the_fourth_byte_of_a_bmp_stays(top_down: bool, masks: bool) -> None:
+    height, width = 5, 7
+    fourth = np.arange(height * width, dtype=np.uint8).reshape(height, width)
+    values = np.dstack([pixels(2, height, width)[:, :, ::-1], fourth])
+    size = struct.pack("<IiiHHIIiiII", 40, width, -height if top_down else height, 1, 32, 3 * masks, 0, 0, 0, 0, 0)
+    table = struct.pack("<III", 0xFF0000, 0xFF00, 0xFF) if masks else b""
+    start = 14 + len(size) + len(table)
+    body = (values if top_down else values[::-1]).tobytes()
+    source = struct.pack("<2sIII", b"BM", start + len(body), 0, start) + size + table + body
+    after = restored(source, change=1)
+    at = struct.unpack_from("<I", after, 10)[0]
+    written = np.frombuffer(after, np.uint8, height * width * 4, at).reshape(height, width, 4)[::-1]
+    assert np.array_equal(written[:, :, 3], fourth)
+    assert np.array_equal(decode(after).pixels, np.clip(pixels(2, height, width).astype(int) + 1, 0, 255))
+
+
+# --- All -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP", "AVIF"])
+def test_a_way_up_that_xmp_alone_tells_turns_nothing(name: str) -> None:
+    """No viewer turns it; with the EXIF tag that would be made of it, all would."""
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6"/></x:xmpmeta>'
+    source = file_of(photograph(), name, xmp=xmp)
+    if name == "PNG":
+        plain = list(png.chunks(file_of(photograph(), "PNG")))
+        text = b"XML:com.adobe.xmp\0\0\0\0\0" + xmp
+        source = png_of(plain[0], (b"iTXt", text), *plain[1:])
+    assert Image.open(io.BytesIO(source)).getexif().get(exif.ORIENTATION) == 6, "Pillow does not say so any more"
+    picture = decode(source)
+    assert picture.orientation is None
+    for bare in (restored(source, strip_metadata=True), without_metadata(source, picture=picture)):
+        assert exif.ORIENTATION not in Image.open(io.BytesIO(bare)).getexif()
+    assert xmp in restored(source)

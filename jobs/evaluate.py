@@ -54,7 +54,9 @@ class Evaluate:
         for size in self.sizes:
             require(size == 0 or size >= 16, "sizes", size, "use 16 or more (SSIM needs a window), or 0")
         require(bool(self.model), "model", "", "name at least one")
-        require(len(set(self.model)) == len(self.model), "model", " ".join(self.model), "name each once")
+        for name in ("model", "damages", "sizes"):
+            values = getattr(self, name)
+            require(len(set(values)) == len(values), name, " ".join(map(str, values)), "name each once")
         command_line.worker_count(self.workers)
 
 

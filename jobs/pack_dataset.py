@@ -15,6 +15,9 @@ from jobs import command_line
 from restore_core.config import require
 from restore_core.errors import UsageError
 
+FEW_PEOPLE = 20
+"""With fewer a share of them may well be none or all."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackDataset:
@@ -75,6 +78,18 @@ def main(job: PackDataset) -> int:
         )
     for split in sorted(result.photographs):
         print(f"{split}: {result.photographs[split]} photographs of {len(result.people[split])} people")
+    there = set().union(*result.people.values())
+    for split, names in people.items():
+        if missing := sorted(names - there):
+            print(
+                f"--{split}-list {lists[split]}: {len(missing)} of its {len(names)} people have no photograph here, "
+                f"such as {missing[0]!r}; names are those of the folders"
+            )
+    for split, option in ((sources.TRAIN, "a smaller --val-share"), (sources.VALIDATION, "a larger --val-share")):
+        if not result.photographs[split] and len(there) < FEW_PEOPLE:
+            print(f"{split}: none, since there are {len(there)} people only (a folder is one): name some in lists")
+        elif not result.photographs[split]:
+            print(f"{split}: none; training needs some: use {option} or lists")
     if result.broken:
         print(f"{len(result.broken)} files could not be used: {output.join(sources.BROKEN_FILE)}")
     return command_line.DONE

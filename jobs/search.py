@@ -17,6 +17,7 @@ from jobs import command_line
 from restore_core.config import VARIANTS, OptimizerConfig, Phase, TrainConfig, require
 
 RECORD, TABLE, CURVES, PICTURES = "study.json", "study.md", "losses.png", "overview.png"
+LEASE_FILE = "lease.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,7 @@ class Search:
                 phases=(Phase(sizes=(self.size,), epochs=self.epochs),),
                 batch_size=self.batch_size,
                 val_size=self.size,
+                canvas=max(TrainConfig.canvas, self.size),
                 seed=self.seed,
             )
             for name in self.variants
@@ -73,13 +75,15 @@ def main(job: Search) -> int:
     trials = job.trials()
 
     data, folder = command_line.data_and_output(job.data, job.output, "--output")
-    from restore_core import provenance, report
+    from restore_core import manifest, provenance, report
+    from restore_core.lease import Lease
     from restore_core.pipelines import search
     from restore_core.pipelines.study import OVERVIEW, Study, overview, rows_of
 
     study = search.prepare(Study(trials=trials, data=data, folder=folder, images=job.images))
     parallel = command_line.worker_count(job.parallel, "--parallel")
-    outcomes, hardware = search.run(study, parallel=parallel, device=job.device)
+    with Lease(folder, LEASE_FILE, manifest.new_run_id(), what="study"):
+        outcomes, hardware = search.run(study, parallel=parallel, device=job.device)
     rows = rows_of(study, outcomes)
     result = {**provenance.record(), "hardware": hardware, "images": study.images, "size": job.size, "rows": rows}
     if folder.exists(RECORD):

@@ -17,7 +17,7 @@ from jobs import command_line
 from restore_core.config import PRESETS, Precision, ResidualUNetConfig, TrainConfig, parse_schedule, require
 from restore_core.errors import DivergedError
 
-LOSS_PLOT, SAMPLE_SHEET = "loss.png", "samples.png"
+LOSS_PLOT, SAMPLE_SHEET, LEASE_FILE = "loss.png", "samples.png", "lease.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,9 @@ class Train:
     and passes over the photographs."""
     batch_size: int | None = None
     """Samples per step, over all workers together."""
+    step_pixels: int | None = None
+    """Where a step's samples would have more pixels than this together, it takes fewer of them: 524,288 by default,
+    which suits CPUs; a GPU has room for millions."""
     learning_rate: float | None = None
     """Peak learning rate."""
     seed: int | None = None
@@ -70,6 +73,8 @@ class Train:
             config = dataclasses.replace(config, batch_size=self.batch_size)
         if self.seed is not None:
             config = dataclasses.replace(config, seed=self.seed)
+        if self.step_pixels is not None:
+            config = dataclasses.replace(config, step_pixels=self.step_pixels)
         if self.precision is not None:
             config = dataclasses.replace(config, precision=self.precision)
         return config
@@ -77,7 +82,8 @@ class Train:
 
 def main(job: Train) -> int:
     config = job.config()
-    from restore_core import checkpoint
+    from restore_core import checkpoint, manifest
+    from restore_core.lease import Lease
 
     data, storage = command_line.data_and_output(job.data, job.storage, "--storage")
     initial = checkpoint.read(job.init, option="--init") if job.init is not None else None
@@ -89,23 +95,25 @@ def main(job: Train) -> int:
     folder = storage.child(job.name)
     photographs = training.prepare(config, data, folder, initial)
     print(f"{photographs} photographs, {config.epochs} epochs, run folder {folder.uri}", flush=True)
-    try:
-        trained = training.train(
-            config,
-            data,
-            folder,
-            photographs,
-            initial=initial,
-            name=job.name,
-            workers=command_line.worker_count(job.workers),
-            min_workers=job.min_workers,
-            device=job.device,
-        )
-    except DivergedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return command_line.TOO_MANY_FAILURES
-    folder.write(LOSS_PLOT, report.loss_plot(trained.history))
-    folder.write(SAMPLE_SHEET, report.sample_sheet(trained.clean, trained.columns))
+    with Lease(folder, LEASE_FILE, manifest.new_run_id(), option="--name", what="training") as lease:
+        try:
+            trained = training.train(
+                config,
+                data,
+                folder,
+                photographs,
+                initial=initial,
+                name=job.name,
+                workers=command_line.worker_count(job.workers),
+                min_workers=job.min_workers,
+                device=job.device,
+            )
+        except DivergedError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return command_line.TOO_MANY_FAILURES
+        lease.check()
+        folder.write(LOSS_PLOT, report.loss_plot(trained.history))
+        folder.write(SAMPLE_SHEET, report.sample_sheet(trained.clean, trained.columns))
     print(f"model: {trained.model.uri}\nlook at: {folder.join(LOSS_PLOT)} and {folder.join(SAMPLE_SHEET)}")
     return command_line.DONE
 

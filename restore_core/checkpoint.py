@@ -75,31 +75,31 @@ def parse(name: str, weights: bytes, config: bytes, option: str = "--model") -> 
         _ = folder.architecture
     except UsageError as error:
         raise UsageError(f"{option} {name}: {CONFIG_FILE}: {error}") from error
-    load(folder)  # tensors that do not fit are found here, before a cluster starts
+    load(folder, option=option)  # tensors that do not fit are found here, before a cluster starts
     return folder
 
 
-def load(folder: ModelFolder, device: torch.device | str = "cpu") -> nn.Module:
+def load(folder: ModelFolder, device: torch.device | str = "cpu", option: str = "--model") -> nn.Module:
     """The network with its weights, in evaluation mode. Raises UsageError if the tensors do not fit the config."""
     with torch.device("meta"):
         model: nn.Module = build(folder.architecture)
     try:
         tensors = safetensors.torch.load(folder.weights)
     except safetensors.SafetensorError as error:
-        raise UsageError(f"--model {folder.name}: {WEIGHTS_FILE} is damaged ({error}); copy it again") from error
+        raise UsageError(f"{option} {folder.name}: {WEIGHTS_FILE} is damaged ({error}); copy it again") from error
     state = model.state_dict()
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if name in wanted and tensor.is_floating_point() != state[name].is_floating_point():
             raise UsageError(
-                f"--model {folder.name}: {WEIGHTS_FILE} does not fit {CONFIG_FILE}: "
+                f"{option} {folder.name}: {WEIGHTS_FILE} does not fit {CONFIG_FILE}: "
                 f"tensor {name!r} is of {tensor.dtype}"
             )
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise UsageError(
-                f"--model {folder.name}: {WEIGHTS_FILE} does not fit {CONFIG_FILE}: tensor {name!r} is "
+                f"{option} {folder.name}: {WEIGHTS_FILE} does not fit {CONFIG_FILE}: tensor {name!r} is "
                 f"{found.get(name, 'missing')} in the file, {wanted.get(name, 'not part')} of the architecture"
             )
     # Weights may be kept in half precision; they are computed with in single.

@@ -25,6 +25,7 @@ from restore_core.diagnosis import (
     repair_only,
     verdict,
 )
+from restore_core.errors import UsageError
 from restore_core.false_patches import without_false_patches
 from restore_core.metrics import to_uint8
 from restore_core.model import (
@@ -65,8 +66,8 @@ IDLE_BYTES = 640 * 2**20
 the system: the gaps that one picture's pieces leave do not fit another's. See DECISIONS.md."""
 LARGE_PIXELS = 2**22
 """What counts as large there; after such a picture all is given back. Beside smaller ones it is kept for the next."""
-BLOCK = 512
-"""Side of the squares in which a picture in tiles is diagnosed, pixels."""
+BLOCK = {"cpu": 512, "cuda": 2048}
+"""Side of the squares in which a picture in tiles is diagnosed, pixels. A GPU waits for each of their small steps."""
 WILD_SHARE = 0.01
 """More than this below -1 or above 2, where 0 is black and 1 is white, is no photograph."""
 OUT_OF_MEMORY = (
@@ -152,7 +153,7 @@ class Restorer:
         self_ensemble: average over the image and its mirror image; twice the work.
         precision: bfloat16 by autocast, or float32; auto is the former on GPUs that have it and the latter elsewhere.
 
-    Raises UsageError for a choice of `repair` that the network cannot keep apart.
+    Raises UsageError for a choice of `repair` that the network cannot keep apart, and for bfloat16 on a GPU without it.
     """
 
     def __init__(
@@ -171,6 +172,8 @@ class Restorer:
         self.self_ensemble = self_ensemble
         self.precision = precision
         self.device = torch.device(device)
+        if precision == "bfloat16" and self.device.type == "cuda" and not gpu_bfloat16(self.device):
+            raise UsageError("--precision bfloat16: GPUs have it since Ampere, and this is an older one; leave it out")
         self.least_alone = NATIVE_VALUES / fewest_values(folder.architecture)
         """An image of no more pixels goes through the network on the CPU twice where it would be alone."""
         self.networks: dict[torch.device, nn.Module] = {}
@@ -278,7 +281,8 @@ class Restorer:
             gone = torch.from_numpy(destroyed[at])[None, None].to(rung.device)
             return before, after, torch.where(gone, -1.0, 1.0)
 
-        blocks = list(tiles.blocks(height, width, min(BLOCK, rung.tile), CONTEXT))
+        side = min(BLOCK[rung.device.type], rung.tile * BLOCK[rung.device.type] // BLOCK["cpu"])
+        blocks = list(tiles.blocks(height, width, side, CONTEXT))
         sums = torch.zeros(8, 1, dtype=torch.float64)
         for block in blocks:
             sums += evidence(*tensors(block.around), *block.within).double().cpu()

@@ -65,12 +65,14 @@ class Lease:
         key: of the file.
         run_id: of this run, unique.
         option: to name in the error.
+        what: the run is, in the error.
     """
 
-    def __init__(self, output: Storage, key: str, run_id: str, option: str = "--output") -> None:
+    def __init__(self, output: Storage, key: str, run_id: str, option: str = "--output", what: str = "restore") -> None:
         self._output = output
         self._key = key
         self._option = option
+        self._what = what
         now = time.time()
         self._owner = Owner(run_id, socket.gethostname(), os.getpid(), _process(os.getpid()), now, now)
         self._version: str | None = None
@@ -133,20 +135,20 @@ class Lease:
             if not owner.gone() and (left or not self._rests(found, owner)):
                 killed = f", or, if it was killed, start again in {max(1, round(left))} s" if left else ""
                 raise UsageError(
-                    f"{self._option} {self._output.uri}: another restore is at work there ({owner.describe()}); wait "
-                    f"until it ends{killed}"
+                    f"{self._option} {self._output.uri}: another {self._what} is at work there ({owner.describe()}); "
+                    f"wait until it ends{killed}"
                 )
             self._owner = replace(self._owner, renewed=time.time())
             version = self._put(found.etag)
         if version is None:
             raise UsageError(
-                f"{self._option} {self._output.uri}: another restore began at the same moment; wait for it"
+                f"{self._option} {self._output.uri}: another {self._what} began at the same moment; wait for it"
             )
         return version
 
     def _rests(self, found: Object, owner: Owner) -> bool:
         """Whether nobody renews it for long enough. Clocks may differ by more than that."""
-        logger.info("the lease of another restore (%s) seems to be a dead one's: watched", owner.describe())
+        logger.info("the lease of another run (%s) seems to be a dead one's: watched", owner.describe())
         end = time.monotonic() + EXPIRE_SECONDS
         while time.monotonic() < end:
             time.sleep(WATCH_SECONDS)
@@ -165,7 +167,7 @@ class Lease:
             owner.process.startswith("")
         except (ValueError, TypeError, AttributeError, OverflowError, OSError):
             raise UsageError(
-                f"{self._option} {self._output.uri}: {self._key} there is no lease of a restore; delete it"
+                f"{self._option} {self._output.uri}: {self._key} there is no lease of a run; delete it"
             ) from None
         return owner
 

@@ -3,15 +3,16 @@
 Packing reads whole archives and trees (`photographs`); training and restoring read Parquet of ours or of other makers.
 """
 
+import gzip
 import hashlib
 import tarfile
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +22,15 @@ from PIL import Image
 
 from restore_core import codec, manifest
 from restore_core.errors import ItemError, StorageError, UsageError
-from restore_core.storage import Storage, key_of
+from restore_core.storage import GO_ON, Object, Storage, key_of, one_line
 
 TAR_BUFFER_BYTES = 8 * 2**20
+WINDOW_BYTES = 2**28
+"""Of encoded files that are held together while packing."""
 OPTIONS_FILE, BROKEN_FILE, UNFINISHED_FILE = "_pack/options.json", "_pack/broken.csv", "_pack/unfinished"
 """What jobs/pack_dataset.py writes beside a dataset: how it was made, what could not be read; and the last while it is
 at work, since some shards may be of an earlier packing then, which put people into other splits."""
+Item = TypeVar("Item")
 TRAIN, VALIDATION, TEST = "train", "val", "test"
 
 DATASET_SCHEMA = pa.schema(
@@ -50,28 +54,50 @@ class Found:
     key: str
     data: bytes | ItemError
 
+    def __len__(self) -> int:
+        return 0 if isinstance(self.data, ItemError) else len(self.data)
+
 
 # --- Photographs for a dataset -------------------------------------------------------------------------------------
 
 
 def photographs(storage: Storage, threads: int = 16) -> Iterator[Found]:
-    """Every file under a folder or S3 prefix, tar archives replaced by their members, in listing order."""
-    objects = storage.list()
+    """Every file under a folder or S3 prefix, tar archives replaced by their members, in listing order.
+
+    Raises StorageError where the storage fails, and not a file of it.
+    """
     with ThreadPoolExecutor(threads) as pool:
-        while window := [item.key for item in islice(objects, 4 * threads)]:
-            files = [key for key in window if not _is_tar(key)]
+        for window in windows(storage.list(), 4 * threads, lambda item: 0 if _is_tar(item.key) else item.size):
+            files = [item.key for item in window if not _is_tar(item.key)]
             contents = dict(zip(files, pool.map(lambda key: _try_read(storage, key), files), strict=True))
-            for key in window:
-                if key in contents:
-                    yield Found(key, contents[key])
+            for item in window:
+                if item.key in contents:
+                    yield Found(item.key, contents[item.key])
                 else:
-                    yield from _tar_members(storage, key)
+                    yield from _tar_members(storage, item)
+
+
+def windows(items: Iterable[Item], most: int, size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Some at a time: `most`, or as many as have `WINDOW_BYTES`."""
+    window: list[Item] = []
+    total = 0
+    for item in items:
+        window.append(item)
+        total += size(item)
+        if len(window) == most or total >= WINDOW_BYTES:
+            yield window
+            window, total = [], 0
+    if window:
+        yield window
 
 
 def group_of(key: str) -> str:
-    """The person of a photograph: the folder it lies in; a file at the top is a group of its own."""
+    """The person of a photograph: the folder it lies in; a file at the top is a group of its own.
+
+    Accented letters in one piece: macOS takes them apart, and a person must not become two.
+    """
     path = PurePosixPath(key)
-    return path.parent.name or path.stem
+    return unicodedata.normalize("NFC", path.parent.name or path.stem)
 
 
 def split_of(group: str, val_share: float, test_share: float) -> str:
@@ -100,9 +126,20 @@ def _is_tar(key: str) -> bool:
     return key.endswith((".tar", ".tar.gz", ".tgz"))
 
 
-def _try_read(storage: Storage, key: str) -> bytes | ItemError:
+def read(storage: Storage, key: str) -> bytes:
+    """One file. Raises ItemError where that cannot be read, and StorageError where none could: no network, say."""
     try:
         return storage.read(key)
+    except ItemError as error:
+        remote = storage.uri.startswith("s3://")
+        if error.message.endswith(GO_ON) or (remote and error.error == "read"):
+            raise StorageError(error.message) from error
+        raise
+
+
+def _try_read(storage: Storage, key: str) -> bytes | ItemError:
+    try:
+        return read(storage, key)
     except ItemError as error:
         return error
 
@@ -120,8 +157,9 @@ class StrictHeader(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error} at byte {tarfile_.offset}") from error
 
 
-def _tar_members(storage: Storage, key: str) -> Iterator[Found]:
+def _tar_members(storage: Storage, item: Object) -> Iterator[Found]:
     filesystem, root = storage.filesystem()
+    key = item.key
     try:
         # Read front to back in large pieces: an archive on S3 takes few requests and is never held whole.
         with (
@@ -134,7 +172,10 @@ def _tar_members(storage: Storage, key: str) -> Iterator[Found]:
                     assert content is not None
                     yield Found(key_of(member.name), content.read())
     except (tarfile.TarError, EOFError, OSError) as error:
-        yield Found(key, ItemError("truncated", f"the archive cannot be read to its end: {error}"))
+        reason = f"the archive cannot be read to its end: {error}"
+        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile) and storage.uri.startswith("s3://"):
+            raise StorageError(one_line(f"{storage.join(key)}: {reason}")) from error
+        yield Found(key, ItemError("truncated", reason))
 
 
 # --- Parquet -------------------------------------------------------------------------------------------------------
@@ -266,7 +307,7 @@ def decode_rows(table: pa.Table, split: str, canvas: int) -> pa.Table:
         if its_split != split or data is None:
             continue
         try:
-            image = _fit(codec.decode(data).pixels, canvas)
+            image = _fit(codec.decode(data).shown, canvas)
         except ItemError:
             continue
         rows.append({"key": key, "pixels": image.tobytes(), "height": image.shape[0], "width": image.shape[1]})
@@ -344,10 +385,10 @@ def read_list(path: Path, option: str) -> set[str]:
     """People named in a list such as LFW's `peopleDevTrain.txt`: one a line, a tab and a count may follow; a first line
     that says how many others there are is skipped. Raises UsageError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{option} {path}: cannot be read as text ({error})") from error
     lines = [line for line in lines if line.strip()]
     if lines and lines[0].strip() == str(len(lines) - 1):  # LFW's lists begin with their length
         lines = lines[1:]
-    return {line.split("\t")[0].strip() for line in lines}
+    return {unicodedata.normalize("NFC", line.split("\t")[0].strip()) for line in lines}

@@ -202,7 +202,7 @@ def test_inpainters_fill_exactly_what_is_destroyed(name: baselines.Name) -> None
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"--baselines telea: needs OpenCV; install it with pip install 'restore_core"):
+    with pytest.raises(UsageError, match=r"--baselines telea: needs OpenCV: pip install -c constraints.txt -e "):
         baselines.named("telea")
 
 

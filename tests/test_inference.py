@@ -306,7 +306,7 @@ def test_in_tiles_a_choice_of_damages_is_the_same_choice(
     """Diagnosed and chosen block by block, against the whole at once."""
     monkeypatch.setattr(inference, "TILE", 64)
     monkeypatch.setattr(inference, "OVERLAP", 32)
-    monkeypatch.setattr(inference, "BLOCK", 24)
+    monkeypatch.setattr(inference, "BLOCK", {"cpu": 24})
     restorer = Restorer(model_folder(tmp_path), repair=repair)
     clean = torch.from_numpy(photograph(70, 100)).permute(2, 0, 1)[None]
     damage = fixed_damage(Generator([4]), area=0.2, gray="gray" in repair)

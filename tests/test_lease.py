@@ -283,7 +283,7 @@ def test_a_killed_process_is_dead_before_its_parent_has_asked(tmp_path: Path) ->
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b"[1]", b'{"run_id": 1}'])
 def test_what_is_no_lease_is_refused_and_kept(output: Storage, content: bytes) -> None:
     output.write(KEY, content)
-    with pytest.raises(UsageError, match=r"lease\.json there is no lease of a restore; delete it"):
+    with pytest.raises(UsageError, match=r"lease\.json there is no lease of a run; delete it"):
         Lease(output, KEY, "second").__enter__()
     assert output.read(KEY) == content
 

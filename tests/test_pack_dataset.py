@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -180,6 +181,31 @@ def test_many_photographs_are_split_into_shards_and_row_groups(pack: Cli, tmp_pa
     assert list(rows(output)) == list(files)  # in the archive's order
 
 
+def test_large_photographs_make_smaller_shards_and_row_groups(
+    pack: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes are counted: a shard is held while it is written, and a row group's images are one page."""
+    files = {f"p{number}/{number}.png": encoded(number, format="PNG") for number in range(40)}
+    size = sum(map(len, files.values())) // len(files)
+    for name, value in {"SHARD_BYTES": 12 * size, "ROW_GROUP_BYTES": 4 * size}.items():
+        monkeypatch.setattr(packing, name, value)
+    monkeypatch.setattr(sources, "WINDOW_BYTES", 5 * size)
+    output = tmp_path / "out"
+    assert pack("--input", write_tree(tmp_path / "in", files), "--output", output, "--val-share", 0)[0] == 0
+    assert_untouched(rows(output), files)
+    counts = [pq.read_metadata(path) for path in sorted(output.glob("*.parquet"))]
+    assert len(counts) in (3, 4) and all(10 <= meta.num_rows <= 14 for meta in counts[:-1])
+    groups = [meta.row_group(index).num_rows for meta in counts for index in range(meta.num_row_groups)]
+    assert max(groups) <= 5 and len(groups) >= 8
+
+
+def test_a_page_is_not_a_dictionary_of_all_images(pack: Cli, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert pack("--input", write_tree(tmp_path / "in", FILES), "--output", output, "--val-share", 0)[0] == 0
+    column = pq.read_metadata(output / "train-00000.parquet").row_group(0).column(DATASET_SCHEMA.names.index("image"))
+    assert not column.has_dictionary_page
+
+
 def test_options_are_written_beside(pack: Cli, tmp_path: Path) -> None:
     write_tree(tmp_path / "in", FILES)
     (tmp_path / "people.txt").write_text("Person_00\n")
@@ -201,6 +227,7 @@ def test_packing_twice_gives_the_same_bytes_and_no_leftovers(pack: Cli, tmp_path
     # an earlier and larger packing left more shards, and one of a split that is empty now
     for name in ("train-00001.parquet", "train-00002.parquet", "test-00000.parquet"):
         (output / name).write_bytes(first["train-00000.parquet"])
+    (output / "train-00009.parquet").write_bytes(first["train-00000.parquet"])  # its deletion had been interrupted
     (output / "notes.txt").write_text("not ours")
     pack(*arguments)
     assert content(output) == {**first, "notes.txt": b"not ours"}
@@ -261,6 +288,32 @@ def test_official_lists_fix_the_split(pack: Cli, tmp_path: Path) -> None:
         person = str(row["group"])
         assert row["split"] == listed.get(person, split_of(person, 0.9, 0))
     assert {row["split"] for row in found.values()} == {"train", "val", "test"}
+
+
+def test_people_of_a_list_are_found_however_it_was_written(pack: Cli, tmp_path: Path) -> None:
+    """With a byte order mark as of Windows, accents taken apart as by macOS; and who is not there is told."""
+    folders = ["Ann", unicodedata.normalize("NFD", "José"), *(f"Person_{n:02d}" for n in range(20))]
+    source = write_tree(tmp_path / "in", {f"{name}/{n}.jpg": encoded(n) for n, name in enumerate(folders)})
+    (tmp_path / "test.txt").write_text("\ufeffAnn\nJosé\nNobody\n", encoding="utf-8")
+    code, out, err = pack(
+        "--input", source, "--output", tmp_path / "out", "--val-share", 0.2, "--test-list", tmp_path / "test.txt"
+    )
+    assert (code, err) == (0, "")
+    assert {row["group"] for row in rows(tmp_path / "out").values() if row["split"] == "test"} == {"Ann", "José"}
+    assert "1 of its 3 people have no photograph here, such as 'Nobody'; names are those of the folders\n" in out
+    assert "none" not in out
+
+
+def test_a_split_without_anybody_is_told(pack: Cli, tmp_path: Path) -> None:
+    source = write_tree(tmp_path / "in", {f"2024/{n}.jpg": encoded(n) for n in range(9)})
+    code, out, _ = pack("--input", source, "--output", tmp_path / "out")
+    assert code == 0
+    assert "val: none, since there are 1 people only (a folder is one): name some in lists\n" in out
+    many = write_tree(tmp_path / "many", people(30))
+    assert (
+        "val: none; training needs some: use a larger --val-share"
+        in pack("--input", many, "--output", tmp_path / "out", "--val-share", 0)[1]
+    )
 
 
 # --- Broken files ----------------------------------------------------------------------------------------------------

@@ -14,12 +14,16 @@ import pytest
 import urllib3
 from botocore.response import StreamingBody
 from fault_proxy import Fault, FaultProxy, Kind
+from photos import people, tar_of, write_tree
 from processes import wait_for
 
+from jobs import pack_dataset
+from jobs.pack_dataset import PackDataset
 from restore_core import lease, storage
 from restore_core.errors import ItemError, StorageError, UsageError
 from restore_core.lease import Lease
 from restore_core.manifest import Ledger, Row
+from restore_core.sources import count_split
 from restore_core.storage import (
     LocalStorage,
     Object,
@@ -570,3 +574,35 @@ def test_an_endpoint_with_a_name_is_asked_by_path_unless_told_otherwise(
 
 def test_messages_do_not_steer_the_terminal() -> None:
     assert one_line("a\n b\x1b[31m\u202egpj.\x07 é😀") == "a b\\x1b[31m\\u202egpj.\\x07 é😀"
+
+
+# --- Packing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(kind="expired", method="GET", key="photos/in/.*", after=5),
+        Fault(kind="reset", method="GET", key="photos/in/.*/Person_07/.*"),
+        Fault(kind="truncated", method="GET", key="photos/in/lfw.tar"),
+    ],
+    ids=["expired", "reset", "archive"],
+)
+def test_a_network_that_fails_while_packing_is_no_broken_photograph(
+    proxy: FaultProxy, moto_client: "S3Client", impatient: None, tmp_path: Path, fault: Fault
+) -> None:
+    """It ends with it; else training would go on with half of the people, and the older dataset be gone."""
+    files = {"lfw.tar": tar_of(people(12))} if "tar" in fault.key else people(12)
+    for key, data in files.items():
+        moto_client.put_object(Bucket="photos", Key=f"in/{key}", Body=data)
+    older, output = write_tree(tmp_path / "older", people(20)), tmp_path / "out"
+    assert pack_dataset.main(PackDataset(input=(str(older),), output=str(output))) == 0
+    before = {path.name: path.read_bytes() for path in output.glob("*.parquet")}
+    job = PackDataset(input=("s3://photos/in",), output=str(output))
+    with proxy.injecting(fault), pytest.raises(StorageError, match="photos/in"):
+        pack_dataset.main(job)
+    assert {path.name: path.read_bytes() for path in output.glob("*.parquet")} == before
+    assert pack_dataset.main(job) == 0
+    assert (
+        count_split(open_storage(output), "--data", "train") + count_split(open_storage(output), "--data", "val") == 24
+    )

@@ -13,14 +13,16 @@ from photos import encoded, write_tree
 from PIL import Image
 from processes import wait_for
 
-from jobs import command_line, pack_dataset, search
+from jobs import command_line, pack_dataset, search, train
 from jobs.pack_dataset import PackDataset
 from jobs.search import Search
 from restore_core.config import VARIANTS, AutoencoderConfig, ResidualUNetConfig
 from restore_core.errors import UsageError
+from restore_core.lease import Lease
 from restore_core.model import build, count_macs, count_parameters
 from restore_core.pipelines.search import trials_at_once
 from restore_core.pipelines.study import OVERVIEW
+from restore_core.storage import LocalStorage
 from restore_core.trainer import VALIDATION
 
 pytestmark = pytest.mark.ray
@@ -220,6 +222,39 @@ def test_the_same_output_with_other_options_is_refused(
     assert str(caught.value) == (
         f"--output {finished}: holds a study with other options ({difference}); choose another --output"
     )
+
+
+def test_a_study_of_data_that_was_packed_again_is_refused(finished: Path, run: Run) -> None:
+    """Some variants would be of the one dataset and some of the other."""
+    options = (finished / "options.json").read_text()
+    (finished / "options.json").write_text(json.dumps(json.loads(options) | {"shards": "of others"}))
+    try:
+        with pytest.raises(UsageError, match=r"holds a study with other options \(shards was of others, is now"):
+            run(finished, variants=NAMES)
+        older = {name: value for name, value in json.loads(options).items() if name != "shards"}
+        (finished / "options.json").write_text(json.dumps(older))  # as before it was said
+        assert run(finished, variants=NAMES) == 0
+    finally:
+        (finished / "options.json").write_text(options)
+
+
+def test_a_study_at_a_large_size_has_room_for_it() -> None:
+    assert Search(data="d", output="o", size=300).trials()["base"].canvas == 300
+    assert Search(data="d", output="o", size=48).trials()["base"].canvas == 256
+
+
+@pytest.mark.parametrize("job", [search, train])
+def test_two_at_once_in_one_folder_are_refused(
+    job: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out/one"
+    options = ["--output", folder] if job is search else ["--storage", tmp_path / "out", "--name", "one"]
+    what = "study" if job is search else "training"
+    monkeypatch.setattr(sys, "argv", ["job.py", "--data", str(data), "--batch-size", "4", *map(str, options)])
+    with Lease(LocalStorage(folder), "lease.json", "another"):
+        assert command_line.run(job.main, Search if job is search else train.Train) == command_line.UNUSABLE
+    assert f": another {what} is at work there (host " in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["lease.json.lock"]
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from restore_core import codec, sources
 from restore_core.errors import ItemError, UsageError
+from restore_core.pipelines import evaluation
 from restore_core.sources import (
     DATASET_SCHEMA,
     DECODED_SCHEMA,
@@ -321,6 +322,30 @@ def test_decoded_rows_are_the_pixels_of_one_split(tmp_path: Path) -> None:
     [row] = decode_rows(table, "val", canvas=64).to_pylist()
     assert (row["key"], row["height"], row["width"]) == ("v/1.jpg", 5, 3)
     assert decode_rows(table, "test", canvas=64).schema == DECODED_SCHEMA
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_trained_on_the_way_up_that_viewers_show_them(orientation: int) -> None:
+    """As they are restored. Stored turned, faces would be learnt lying on their side."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.fromarray(pixels(3, 30, 50)).save(file, "PNG", exif=exif)
+    [row] = decode_rows(dataset({"a/1.png": file.getvalue()}), "train", 64).to_pylist()
+    shown = np.asarray(ImageOps.exif_transpose(Image.open(file)))
+    assert (row["height"], row["width"]) == shown.shape[:2]
+    assert row["pixels"] == shown.tobytes()
+    [found] = evaluation._decoded(Memory({"a/1.png": file.getvalue()}), ["a/1.png"])
+    assert found["pixels"] == shown.tobytes() and (found["height"], found["width"]) == shown.shape[:2]
+
+
+class Memory:
+    """As much of a storage as reading takes."""
+
+    uri = "memory"
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.read = files.__getitem__
 
 
 @pytest.mark.parametrize(

@@ -257,6 +257,27 @@ def test_a_driver_that_is_killed_goes_on_where_it_was(data: Path, finished: Path
     assert result["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-3)
 
 
+@pytest.mark.slow
+def test_an_interrupted_training_says_so_and_goes_on(data: Path, finished: Path, run: Run, tmp_path: Path) -> None:
+    """By Ctrl-C: Ray Train would take that over, and end with 0 or 1."""
+    options = [
+        "--data", data, "--storage", tmp_path, "--preset", "smoke", "--schedule", SCHEDULE, "--workers", 1,
+        "--precision", "float32", "--name", "run", "--device", "cpu",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "jobs/train.py", *map(str, options)], stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    metrics = tmp_path / "run/metrics.csv"
+    wait_for(lambda: process.poll() is not None or (metrics.exists() and len(epochs_of(metrics.parent)) >= 2))
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert said.endswith("interrupted; the same command goes on from here\n") and "Traceback" not in said, said
+    assert not (tmp_path / "run/model").exists() and not (tmp_path / "run/lease.json").exists()
+    assert epochs_of(run(tmp_path, schedule=SCHEDULE)) == epochs_of(finished)
+
+
 # --- What cannot work ----------------------------------------------------------------------------------------------
 
 

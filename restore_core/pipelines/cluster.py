@@ -43,6 +43,9 @@ WORKER_MEMORY = {
     # piece by default. A network of 30 layers needs 30 of them for one size.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     "LRU_CACHE_CAPACITY": "64",
+    # cuDNN prepares it for each size of picture too: 10,000 pieces by default, which take about 2 GB of host memory
+    # (docs.pytorch.org, "CUDA environment variables"). With much fewer they would be made again and again.
+    "TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT": "2000",
 }
 """Of processes that restore pictures of many sizes."""
 
@@ -51,6 +54,10 @@ GROWS_TO = "RESTORE_GROWS_TO"
 does not tell jobs; without it a job plans with the nodes that are there when it starts."""
 WAIT_S, WAIT_LINE_S = 1200.0, 15.0
 """How long for a first node, and how often that is told. A GPU node on AWS takes about five minutes."""
+
+GPU_BYTES = 5 * 10**9 // 2
+"""Of a node's memory, for the process that holds the network on each of its GPUs: CUDA's libraries are in it too. An
+assumption, see DECISIONS.md."""
 
 IDLE_SECONDS = 10.0
 """After so long without anything new the driver's garbage is collected, see `releasing_actors`."""
@@ -256,7 +263,10 @@ def await_node(device: Literal["cpu", "cuda"]) -> None:
 def pixel_budget(workers: int, *, cpus_each: int = 1) -> int:
     """What a picture may have on the node that has least memory for each of its workers, of `workers` in all."""
     budgets = [
-        memory.pixel_budget(_bytes(node), max(1, min(workers, int(node["CPU"]) // cpus_each)))
+        memory.pixel_budget(
+            max(0, _bytes(node) - GPU_BYTES * int(node.get("GPU", 0))),
+            max(1, min(workers, int(node["CPU"]) // cpus_each)),
+        )
         for node in _working_nodes()
     ]
     return min(budgets, default=memory.LEAST_PIXELS)

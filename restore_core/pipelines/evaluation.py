@@ -214,7 +214,8 @@ def _measurements(plan: Plan, data: Storage, split: str, images: int, actors: in
         compute=ray.data.ActorPoolStrategy(size=actors),
         runtime_env={"env_vars": cluster.KEEP_MEMORY},
         num_gpus=1 if plan.device == "cuda" else 0,
-        num_cpus=0.5,  # half of the CPUs stay free for reading and decoding, or everything would wait for ever
+        # Half of the CPUs stay free for reading and decoding, or everything would wait for ever.
+        num_cpus=0 if plan.device == "cuda" else 0.5,
     )
 
 
@@ -258,7 +259,7 @@ def _photographs(data: Storage, split: str, images: int) -> ray.data.Dataset:
 def _decoded(data: Storage, keys: Iterable[str]) -> Iterator[Row]:
     for key in keys:
         try:
-            pixels = codec.decode(data.read(key)).pixels
+            pixels = codec.decode(sources.read(data, key)).shown
         except ItemError:
             continue
         yield {"key": key, "pixels": pixels.tobytes(), "height": pixels.shape[0], "width": pixels.shape[1]}

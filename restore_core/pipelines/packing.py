@@ -4,11 +4,11 @@ import csv
 import io
 import json
 import logging
+import re
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -20,8 +20,10 @@ from restore_core.storage import Storage
 
 logger = logging.getLogger(__name__)
 
-ROW_GROUP_ROWS = 256
-SHARD_ROWS = 2048
+ROW_GROUP_ROWS, ROW_GROUP_BYTES = 256, 2**26
+SHARD_ROWS, SHARD_BYTES = 2048, 2**28
+"""Whichever comes first. A row group's images are one page, which may not reach 2 GiB."""
+_SHARD = re.compile(rf"({'|'.join((sources.TRAIN, sources.VALIDATION, sources.TEST))})-(\d{{5,}})\.parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,7 @@ def pack(inputs: list[Storage], output: Storage, splits: Splits, options: dict[s
     """Read every photograph under the inputs, write `<split>-NNNNN.parquet`, and list what could not be read."""
     result = PackResult()
     waiting: dict[str, list[dict[str, object]]] = {}
+    sizes: Counter[str] = Counter()
     shards: Counter[str] = Counter()
     seen: set[str] = set()
     shown = time.monotonic()
@@ -60,7 +63,9 @@ def pack(inputs: list[Storage], output: Storage, splits: Splits, options: dict[s
     def flush(split: str) -> None:
         sink = pa.BufferOutputStream()
         table = pa.Table.from_pylist(waiting.pop(split), schema=sources.DATASET_SCHEMA)
-        pq.write_table(table, sink, row_group_size=ROW_GROUP_ROWS, compression="none")  # photographs do not compress
+        rows = min(ROW_GROUP_ROWS, max(1, ROW_GROUP_BYTES * len(table) // max(1, sizes.pop(split))))
+        # Photographs do not compress, nor does one occur twice.
+        pq.write_table(table, sink, row_group_size=rows, compression="none", use_dictionary=["group", "split"])
         if not shards:
             output.write(sources.UNFINISHED_FILE, b"")
         output.write(f"{split}-{shards[split]:05d}.parquet", sink.getvalue().to_pybytes())
@@ -71,13 +76,13 @@ def pack(inputs: list[Storage], output: Storage, splits: Splits, options: dict[s
             return found.data
         try:
             return sources.dataset_row(found.key, splits.of(sources.group_of(found.key)), found.data)
-        except ItemError as error:
-            return error
+        except ItemError as error:  # its advice is for restoring
+            return ItemError(error.error, error.message.partition(";")[0])
 
     with ThreadPoolExecutor() as pool:
         for storage in inputs:
             files = sources.photographs(storage)
-            while window := list(islice(files, 256)):
+            for window in sources.windows(files, ROW_GROUP_ROWS, sources.Found.__len__):
                 for found, row in zip(window, pool.map(row_or_error, window), strict=True):
                     if not isinstance(row, ItemError) and found.key in seen:
                         row = ItemError(
@@ -91,7 +96,8 @@ def pack(inputs: list[Storage], output: Storage, splits: Splits, options: dict[s
                     result.photographs[split] += 1
                     result.people.setdefault(split, set()).add(str(row["group"]))
                     waiting.setdefault(split, []).append(row)
-                    if len(waiting[split]) == SHARD_ROWS:
+                    sizes[split] += len(found)
+                    if len(waiting[split]) == SHARD_ROWS or sizes[split] >= SHARD_BYTES:
                         flush(split)
                 if time.monotonic() - shown > 5:
                     shown = time.monotonic()
@@ -111,8 +117,6 @@ def pack(inputs: list[Storage], output: Storage, splits: Splits, options: dict[s
 
 def _remove_older_shards(output: Storage, shards: Counter[str]) -> None:
     """An earlier packing into the same place may have left more shards than this one wrote."""
-    for split in (sources.TRAIN, sources.VALIDATION, sources.TEST):
-        index = shards[split]
-        while output.exists(f"{split}-{index:05d}.parquet"):
-            output.delete(f"{split}-{index:05d}.parquet")
-            index += 1
+    for item in list(output.list()):
+        if (shard := _SHARD.fullmatch(item.key)) and int(shard[2]) >= shards[shard[1]]:
+            output.delete(item.key)

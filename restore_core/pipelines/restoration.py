@@ -318,7 +318,9 @@ def _restore(
     try:
         for wave in work.waves():
             logger.info("%d objects listed, %d of them left to do", account.listed, account.total)
-            run, actors = _plan(input, output, model, options, run.device if run else None)
+            run, actors = _plan(
+                input, output, model, options, run.device if run else None, parquet=wave.groups is not None
+            )
             # Before their outputs are overwritten: were the driver killed between that and the new row, and the next
             # run told the options of the old one, the old row would be believed.
             lease.check()
@@ -572,9 +574,18 @@ def _actors(options: RestoreOptions, device: Literal["cpu", "cuda"] | None = Non
 
 
 def _plan(
-    input: Storage, output: Storage, model: ModelFolder, options: RestoreOptions, device: Literal["cpu", "cuda"] | None
+    input: Storage,
+    output: Storage,
+    model: ModelFolder,
+    options: RestoreOptions,
+    device: Literal["cpu", "cuda"] | None,
+    *,
+    parquet: bool,
 ) -> tuple[RestoreRun, _Actors]:
-    """What the workers are told, and how many there are; `device` as above."""
+    """What the workers are told, and how many there are; `device` as above.
+
+    Of Parquet one process does everything with each GPU, and so has its share of the CPUs for the codec.
+    """
     actors = _actors(options, device)
     cpus, _ = cluster.resources()
     run = RestoreRun(
@@ -582,7 +593,7 @@ def _plan(
         output=output,
         model=model,
         device=actors.device,
-        threads=1 if actors.device == "cuda" else max(1, cpus // actors.count),
+        threads=max(1, cpus // actors.count) if actors.device == "cpu" or parquet else 1,
         max_pixels=options.max_pixels
         or cluster.pixel_budget(actors.count if actors.device == "cpu" else cpus, cpus_each=actors.cpus),
         strip_metadata=options.strip_metadata,

@@ -61,10 +61,10 @@ def prepare(study: Study) -> Study:
     if study.folder.exists(OPTIONS_FILE):
         older = json.loads(study.folder.read(OPTIONS_FILE))
         for name, value in options(study).items():
-            if older.get(name) != value:
+            if name in older and older[name] != value:  # earlier versions did not say of which shards
                 raise UsageError(
                     f"--output {study.folder.uri}: holds a study with other options "
-                    f"({first_difference(older.get(name), value, name)}); choose another --output"
+                    f"({first_difference(older[name], value, name)}); choose another --output"
                 )
     return study
 

@@ -25,7 +25,7 @@ from restore_core import codec, manifest, memory, sinks, sources
 from restore_core.checkpoint import ModelFolder
 from restore_core.config import KINDS, Kind, Precision
 from restore_core.errors import ItemError
-from restore_core.inference import LARGE_PIXELS, Restored, Restorer, release_memory
+from restore_core.inference import LARGE_PIXELS, Restored, Restorer
 from restore_core.manifest import Row
 from restore_core.storage import Object, Storage, one_line
 
@@ -205,8 +205,8 @@ def restore(items: list[Item], restorer: Restorer) -> None:
         undamaged = result.undamaged(gray_file=gray_file, repair=restorer.repair)
         # As an array of its own: what comes after would copy a view again and again.
         item.restored = None if undamaged else np.ascontiguousarray(item.picture.stored(result.pixels))
-    if restorer.device.type == "cpu" and (large or memory.idle() > IDLE_BYTES):
-        release_memory()
+    if large or memory.idle() > IDLE_BYTES:
+        memory.trim()  # of the machine; a GPU keeps its own for the next ones
 
 
 def _any_large(items: list[Item]) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from restore_core import sources
 from restore_core.config import AutoencoderConfig, ModelConfig, TrainConfig, to_dict
 from restore_core.model import build, count_macs, count_parameters
-from restore_core.pipelines.training import to_photographs
+from restore_core.pipelines.training import shards_of, to_photographs
 from restore_core.storage import Storage
 from restore_core.trainer import STATE_FILE, STATE_TENSORS, VALIDATION, Photographs, Trainer, central_crops
 
@@ -57,6 +57,7 @@ def options(study: Study) -> dict[str, Any]:
     config = study.config
     return {
         "data": study.data.uri,
+        "shards": shards_of(study.data),
         "images": study.images,
         "epochs": config.epochs,
         "size": config.val_size,

@@ -4,9 +4,12 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ from restore_core.errors import DivergedError, UsageError
 from restore_core.pipelines import cluster
 from restore_core.storage import Storage
 from restore_core.trainer import VALIDATION, Photographs, Trainer, central_crops
+
+logger = logging.getLogger(__name__)
 
 OPTIONS_FILE = "options.json"
 METRICS_FILE = "metrics.csv"
@@ -68,13 +73,19 @@ class Trained:
 def prepare(config: TrainConfig, data: Storage, folder: Storage, initial: checkpoint.ModelFolder | None) -> int:
     """Check data and run folder before Ray starts. Returns the number of training photographs. Raises UsageError."""
     photographs = sources.count_split(data, "--data", sources.TRAIN)
+    if not photographs:
+        raise UsageError(
+            f"--data {data.uri}: no photographs in split 'train'; pack again with a smaller --val-share or --train-list"
+        )
     if photographs < config.batch_size:
         raise UsageError(
             f"--data {data.uri}: {photographs} photographs in split 'train' do not fill "
             f"--batch-size {config.batch_size}; pack more photographs or lower it"
         )
     if not sources.count_split(data, "--data", sources.VALIDATION):
-        raise UsageError(f"--data {data.uri}: no photographs in split 'val'; pack again with a larger --val-share")
+        raise UsageError(
+            f"--data {data.uri}: no photographs in split 'val'; pack again with a larger --val-share or --val-list"
+        )
     for split in (sources.TRAIN, sources.VALIDATION):
         if not len(sources.read_split(data, "--data", split, config.canvas, limit=1)):
             raise UsageError(f"--data {data.uri}: no photograph in split {split!r} can be decoded; pack it again")
@@ -125,8 +136,11 @@ def train(
         photographs=photographs,
     )
     folder.write(OPTIONS_FILE, json.dumps(_options(config, data, initial, photographs), indent=2).encode())
+    needed, free = count + (not cuda), int(ray.available_resources().get("CPU", 0))  # beside GPUs it is not always so
+    if not cuda and free < needed:
+        logger.info("waiting for %d CPUs: %d of %d are free now", needed, free, cpus)
     filesystem, path = folder.filesystem()
-    result = ray.train.torch.TorchTrainer(
+    trainer = ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config={"run": run},
         scaling_config=ray.train.ScalingConfig(
@@ -146,13 +160,29 @@ def train(
         ),
         datasets={"train": _dataset(run)},
         dataset_config=ray.train.DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True)),
-    ).fit()
+    )
+    result = _fitted(trainer)
     if result.error:
         raise result.error
     if result.return_value is not None:
         raise DivergedError(result.return_value)
     with result.checkpoint.as_directory() as state:
         return _finish(run, Path(state), cuda)
+
+
+def _fitted(trainer: ray.train.torch.TorchTrainer) -> ray.train.Result:
+    """The result of its `fit`, in a thread of its own: in the main one that takes over Ctrl-C and ends the process with
+    codes that are not ours. A daemon, so that an interruption need not wait for it."""
+    done: Future[ray.train.Result] = Future()
+
+    def fit() -> None:
+        try:
+            done.set_result(trainer.fit())
+        except BaseException as error:  # noqa: BLE001  the caller's
+            done.set_exception(error)
+
+    threading.Thread(target=fit, daemon=True).start()
+    return done.result()
 
 
 def worker_count(wanted: int | None, batch_size: int, *, cpus: int, gpus: int | None) -> int:
@@ -352,14 +382,19 @@ def _options(
     config: TrainConfig, data: Storage, initial: checkpoint.ModelFolder | None, photographs: int
 ) -> dict[str, Any]:
     """What a run that is gone on with has to have in common with the one that was begun."""
-    shards = sorted((item.key, item.size) for item in data.list() if item.key.endswith(".parquet"))
     return {
         "config": to_dict(config),
         "data": data.uri,
         "photographs": photographs,
-        "shards": hashlib.sha256(json.dumps(shards).encode()).hexdigest(),  # packed again they have other sizes
+        "shards": shards_of(data),
         "init": _identity(initial),
     }
+
+
+def shards_of(data: Storage) -> str:
+    """Which shards a dataset consists of, as a hash: packed again they have other sizes."""
+    shards = sorted((item.key, item.size) for item in data.list() if item.key.endswith(".parquet"))
+    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
 
 def _identity(model: checkpoint.ModelFolder | None) -> dict[str, str] | None:

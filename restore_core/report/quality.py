@@ -26,8 +26,11 @@ def quality_tables(result: dict[str, Any]) -> str:
             for before, after in pairs
         ]
         lines.append(f"| {damage.replace('_', ' ')} | " + " | ".join(cells) + " |")
-    count = result["rows"][0]["images"]
-    about = f"{count} photographs; commit {provenance.short(result['commit'])}, {result['date']}, {result['hardware']}."
+    counts = {size: next(row["images"] for row in result["rows"] if row["size"] == size) for size in sizes}
+    about = f"{max(counts.values())} photographs"
+    if len(set(counts.values())) > 1:
+        about = "Photographs: " + ", ".join(f"{count} at {size_name(size)}" for size, count in counts.items())
+    about += f"; commit {provenance.short(result['commit'])}, {result['date']}, {result['hardware']}."
     lines += ["", about, "", f"    {result['command']}", ""]
     if result["diagnosis"]:
         lines += ["## What the model says was wrong", "", *_diagnosis_table(result["diagnosis"], sizes), ""]

@@ -15,11 +15,14 @@ def loss_plot(history: list[dict[str, float]]) -> bytes:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     losses, quality = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
-    losses.plot(epochs, [row["train_loss"] for row in history], label="train")
-    losses.plot(epochs, [row["val_loss"] for row in history], label="validation (averaged weights)")
+    marker = "o" if len(history) == 1 else ""  # of one point there is no line
+    losses.plot(epochs, [row["train_loss"] for row in history], marker=marker, label="train")
+    losses.plot(epochs, [row["val_loss"] for row in history], marker=marker, label="validation (averaged weights)")
     losses.set(xlabel="epoch", ylabel="RMSE + gate", title="Loss")
     for name in [name for name in history[0] if name.startswith("psnr_") and name != "psnr_clean"]:
-        quality.plot(epochs, [row[name] for row in history], label=name.removeprefix("psnr_").replace("_", " "))
+        quality.plot(
+            epochs, [row[name] for row in history], marker=marker, label=name.removeprefix("psnr_").replace("_", " ")
+        )
     quality.set(xlabel="epoch", ylabel="PSNR, dB", title="Restored validation samples")
     for axes in (losses, quality):
         axes.grid(alpha=0.3)

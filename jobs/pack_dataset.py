@@ -86,7 +86,7 @@ def main(job: PackDataset) -> int:
                 f"such as {missing[0]!r}; names are those of the folders"
             )
     for split, option in ((sources.TRAIN, "a smaller --val-share"), (sources.VALIDATION, "a larger --val-share")):
-        if not result.photographs[split] and len(there) < FEW_PEOPLE:
+        if not result.photographs[split] and len(there) < FEW_PEOPLE and not people:
             print(f"{split}: none, since there are {len(there)} people only (a folder is one): name some in lists")
         elif not result.photographs[split]:
             print(f"{split}: none; training needs some: use {option} or lists")

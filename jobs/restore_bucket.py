@@ -89,8 +89,16 @@ def main(job: RestoreBucket) -> int:
     output = open_storage(job.output, option="--output")
     if overlaps(source, output) or overlaps(output, source):
         raise UsageError(f"--output {job.output}: lies inside --input {job.input} or around it; choose another place")
+    if job.keys and source.only is not None:
+        raise UsageError(f"--input {job.input}: is one file; with --keys name the folder or prefix that they are in")
     output = with_put_options(output, storage_class=job.storage_class, kms_key=job.kms_key)
     require_writable(output, "--output")
+    foreign = next((item.key for item in output.list()), None)
+    if foreign is not None and next(iter(output.list(f"{manifest.FOLDER}/")), None) is None:
+        raise UsageError(
+            f"--output {job.output}: holds files that no restore has made, such as {foreign!r}, which might be written "
+            "over; name an empty place"
+        )
     model = checkpoint.read(job.model)
     from restore_core import report
     from restore_core.pipelines.restoration import RestoreOptions, restore

@@ -82,20 +82,21 @@ def main(job: Search) -> int:
 
     study = search.prepare(Study(trials=trials, data=data, folder=folder, images=job.images))
     parallel = command_line.worker_count(job.parallel, "--parallel")
-    with Lease(folder, LEASE_FILE, manifest.new_run_id(), what="study"):
+    with Lease(folder, LEASE_FILE, manifest.new_run_id(), what="study") as lease:
         outcomes, hardware = search.run(study, parallel=parallel, device=job.device)
-    rows = rows_of(study, outcomes)
-    result = {**provenance.record(), "hardware": hardware, "images": study.images, "size": job.size, "rows": rows}
-    if folder.exists(RECORD):
-        older = json.loads(folder.read(RECORD))
-        if older["rows"] == rows:  # nothing was trained: what it was made with stays true
-            result = older
-    table = report.study_table(result)
-    folder.write(RECORD, json.dumps(result, indent=2).encode())
-    folder.write(TABLE, table.encode())
-    if columns := overview(study, outcomes):
-        folder.write(CURVES, report.study_plot({name: outcome.history for name, outcome in outcomes.items()}))
-        folder.write(PICTURES, report.overview(OVERVIEW, columns))
+        rows = rows_of(study, outcomes)
+        result = {**provenance.record(), "hardware": hardware, "images": study.images, "size": job.size, "rows": rows}
+        if folder.exists(RECORD):
+            older = json.loads(folder.read(RECORD))
+            if older["rows"] == rows:  # nothing was trained: what it was made with stays true
+                result = older
+        table = report.study_table(result)
+        lease.check()
+        folder.write(RECORD, json.dumps(result, indent=2).encode())
+        folder.write(TABLE, table.encode())
+        if columns := overview(study, outcomes):
+            folder.write(CURVES, report.study_plot({name: outcome.history for name, outcome in outcomes.items()}))
+            folder.write(PICTURES, report.overview(OVERVIEW, columns))
     print(table)
     failed = [row["variant"] for row in rows if row["error"]]
     return command_line.TOO_MANY_FAILURES if failed else command_line.DONE

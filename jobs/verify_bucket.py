@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs import command_line
 from restore_core.config import require
+from restore_core.errors import UsageError
 
 SHOWN = 20
 """Findings of each kind that are printed."""
@@ -44,6 +45,11 @@ def main(job: VerifyBucket) -> int:
     source, output = open_storage(job.input, option="--input"), open_storage(job.output, option="--output")
     require_readable(source, "--input")
     require_readable(output, "--output")
+    if job.report:
+        try:
+            job.report.open("a").close()  # before the work, not after it
+        except OSError as error:
+            raise UsageError(f"--report {job.report}: cannot be written ({error.strerror}); name another") from error
     from restore_core.pipelines.verification import MEANING, verify
 
     result = verify(source, output, job.keys)

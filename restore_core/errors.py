@@ -29,12 +29,14 @@ class ItemError(Exception):
     Attributes:
         error: one of `ErrorClass`.
         message: what happened, one line, without secrets.
+        others_too: others would fail like it, since the storage or the way to it does.
     """
 
-    def __init__(self, error: ErrorClass, message: str) -> None:
+    def __init__(self, error: ErrorClass, message: str, *, others_too: bool = False) -> None:
         super().__init__(f"{error}: {message}")
         self.error: ErrorClass = error
         self.message = message
+        self.others_too = others_too
 
     def __reduce__(
         self,

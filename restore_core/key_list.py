@@ -121,6 +121,9 @@ def _file(name: str, data: bytes, input: Storage) -> Iterator[pa.Table]:
     text = _text(data)
     header = next(csv.reader(io.StringIO(text)), [])
     columns = [column.strip().lower() for column in header]
+    for mark in (";", "\t"):
+        if len(header) == 1 and "key" in [column.strip().lower() for column in header[0].split(mark)] and mark in text:
+            raise UsageError(f"its columns are parted by {mark!r}; use commas")
     if "key" in columns:
         yield _of_columns(_of_csv(text.partition("\n")[2], columns), input)
     else:

@@ -90,6 +90,12 @@ class Lease:
         self._version = self._put(None)
         if self._version is None:
             self._version = self._take_over()
+        elif self._put(None, replace(self._owner, pid=0)) is not None:  # what is there is not this
+            self._output.delete(self._key)
+            raise UsageError(
+                f"{self._option} {self._output.uri}: this storage does not heed conditional writes (If-None-Match), so "
+                "two runs there could not be kept apart; use one that does"
+            )
         self._thread.start()
         return self
 

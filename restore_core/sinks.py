@@ -223,5 +223,6 @@ class ShardWriter:
         table = pa.concat_tables(self._waiting)
         self._waiting = []
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._file, table.schema, compression="zstd")
+            # With checksums, by which jobs/verify_bucket.py tells whether any column has changed since.
+            self._writer = pq.ParquetWriter(self._file, table.schema, compression="zstd", write_page_checksum=True)
         self._writer.write_table(table)

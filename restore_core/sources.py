@@ -22,7 +22,7 @@ from PIL import Image
 
 from restore_core import codec, manifest
 from restore_core.errors import ItemError, StorageError, UsageError
-from restore_core.storage import GO_ON, Object, Storage, key_of, one_line
+from restore_core.storage import Object, Storage, key_of, one_line
 
 TAR_BUFFER_BYTES = 8 * 2**20
 WINDOW_BYTES = 2**28
@@ -131,8 +131,7 @@ def read(storage: Storage, key: str) -> bytes:
     try:
         return storage.read(key)
     except ItemError as error:
-        remote = storage.uri.startswith("s3://")
-        if error.message.endswith(GO_ON) or (remote and error.error == "read"):
+        if error.others_too:
             raise StorageError(error.message) from error
         raise
 
@@ -173,7 +172,8 @@ def _tar_members(storage: Storage, item: Object) -> Iterator[Found]:
                     yield Found(key_of(member.name), content.read())
     except (tarfile.TarError, EOFError, OSError) as error:
         reason = f"the archive cannot be read to its end: {error}"
-        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile) and storage.uri.startswith("s3://"):
+        of_file = isinstance(error, gzip.BadGzipFile | FileNotFoundError)
+        if isinstance(error, OSError) and not of_file and storage.uri.startswith("s3://"):
             raise StorageError(one_line(f"{storage.join(key)}: {reason}")) from error
         yield Found(key, ItemError("truncated", reason))
 

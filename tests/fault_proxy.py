@@ -24,6 +24,7 @@ Kind = Literal[
     "error",  # 500
     "denied",  # 403
     "expired",  # the token has expired
+    "archived",  # the object has to be taken out of an archive first
     "refused",  # the connection is reset before the request is passed on
     "lost_answer",  # the server does it, but the connection is reset before it can say so
     "reset",  # the connection is reset in the middle of the answer's body
@@ -38,6 +39,7 @@ _ANSWERS: dict[str, tuple[int, str]] = {
     "error": (500, "InternalError"),
     "denied": (403, "AccessDenied"),
     "expired": (400, "ExpiredToken"),
+    "archived": (403, "InvalidObjectState"),
 }
 _BODY = ("reset", "truncated", "short", "garbled")
 _NEWLINE, _STAND_IN = "%0A", "%EE%80%8A"  # a private-use character

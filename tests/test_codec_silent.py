@@ -72,6 +72,7 @@ def test_jpeg_2000_with_fewer_samples_of_a_channel_is_refused(component: int, st
         [(0, 0, 3), (1, 0, 2), (2, 0, 1)],  # blue first
         [(0, 1, 0), (1, 0, 1), (2, 0, 2)],  # transparency first
         [(0, 0, 1), (1, 0, 2), (2, 2, 0)],  # premultiplied
+        [(0, 0, 1), (1, 0, 2), (2, 65535, 65535)],  # no colour, where one is needed
     ],
 )
 def test_jpeg_2000_with_channels_in_another_order_is_refused(of: list[tuple[int, int, int]]) -> None:
@@ -84,6 +85,8 @@ def test_jpeg_2000_that_names_its_channels_in_order_is_restored() -> None:
     assert channels((0, 0, 1), (1, 0, 2), (2, 0, 3)) in restored(named)
     alpha = file_of(photograph("RGBA"), "JPEG2000")
     assert decode(alpha).mode == decode(restored(alpha)).mode == "RGBA"
+    untold = alpha.replace(struct.pack(">3H", 3, 1, 0), struct.pack(">3H", 3, 65535, 65535))
+    assert decode(restored(untold)).mode == "RGBA"
 
 
 def test_jpeg_2000_of_several_pictures_is_refused() -> None:
@@ -99,6 +102,8 @@ def test_fine_grain_fits_into_a_progressive_jpeg(mode: str) -> None:
     tables = [[1] * 64]
     source = file_of(Image.fromarray(noise).convert(mode), "JPEG", qtables=tables, subsampling=0)
     progressive = file_of(photograph(mode, 300, 200), "JPEG", qtables=tables, subsampling=0, progressive=True)
+    long = progressive[:2] + 12 * (b"\xff\xe5\xff\xff" + bytes(65533)) + progressive[2:]  # as large as the buffer
+    assert decode(encode(decode(source).pixels, long, picture=decode(long), software="test")).mode == mode
     after = encode(decode(source).pixels, progressive, picture=decode(progressive), software="test")
     assert Image.open(io.BytesIO(after)).info["progressive"]
     assert np.abs(decode(after).pixels.astype(int) - decode(source).pixels).max() <= (12 if mode == "RGB" else 3)
@@ -153,6 +158,16 @@ def test_what_cameras_and_programs_add_to_a_jpeg_stays() -> None:
         assert after.count(body) == 1 and body not in bare
     for _, body in gone:
         assert body not in after and body not in bare
+
+
+def test_a_marker_within_damaged_pixels_names_no_kind() -> None:
+    data = file_of(photograph(height=200, width=200), "JPEG")
+    middle = data.index(b"\xff\xda") + 300
+    for code in (0xC3, 0xC5, 0xDE):
+        try:
+            decode(data[:middle] + bytes([0xFF, code]) + data[middle:])
+        except ItemError as error:
+            assert error.error in ("decode", "truncated"), error.message
 
 
 # --- PNG -------------------------------------------------------------------------------------------------------------
@@ -293,16 +308,36 @@ def test_the_fourth_byte_of_a_bmp_stays(top_down: bool, masks: bool) -> None:
     assert np.array_equal(decode(after).pixels, np.clip(pixels(2, height, width).astype(int) + 1, 0, 255))
 
 
+@pytest.mark.parametrize("bits", [16, 32])
+def test_a_bmp_without_its_last_padding_is_a_bmp(bits: int) -> None:
+    """Or with an offset of 0, where the pixels follow the header."""
+    height, width = 3, 5
+    size = struct.pack("<IiiHHIIiiII", 40, width, height, 1, bits, 0, 0, 0, 0, 0, 0)
+    stride = (width * bits // 8 + 3) // 4 * 4
+    body = np.random.default_rng(1).integers(0, 127, height * stride, np.uint8).tobytes()
+    whole = struct.pack("<2sIII", b"BM", 54 + len(body), 0, 54) + size + body
+    expected = decode(whole).pixels
+    for source in (whole[: len(whole) - (2 if bits == 16 else 0)], whole[:10] + bytes(4) + whole[14:]):
+        assert np.array_equal(decode(source).pixels, expected)
+        assert np.array_equal(decode(restored(source, change=0)).pixels, expected)
+
+
 # --- All -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("with_exif", [False, True])
 @pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP", "AVIF"])
-def test_a_way_up_that_xmp_alone_tells_turns_nothing(name: str) -> None:
+def test_a_way_up_that_xmp_alone_tells_turns_nothing(name: str, with_exif: bool) -> None:
     """No viewer turns it; with the EXIF tag that would be made of it, all would."""
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6"/></x:xmpmeta>'
-    source = file_of(photograph(), name, xmp=xmp)
+    block = Image.Exif()
+    block[271] = "Maker"
+    options = {"exif": block.tobytes()} if with_exif else {}
+    source = file_of(photograph(), name, xmp=xmp, **options)
+    if name == "JPEG":  # as cameras write it; then Pillow has looked for a resolution in EXIF already
+        source = source[:2] + source[20:]
     if name == "PNG":
-        plain = list(png.chunks(file_of(photograph(), "PNG")))
+        plain = list(png.chunks(file_of(photograph(), "PNG", **options)))
         text = b"XML:com.adobe.xmp\0\0\0\0\0" + xmp
         source = png_of(plain[0], (b"iTXt", text), *plain[1:])
     assert Image.open(io.BytesIO(source)).getexif().get(exif.ORIENTATION) == 6, "Pillow does not say so any more"

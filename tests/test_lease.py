@@ -350,3 +350,17 @@ def test_conditional_writes_without_links(tmp_path: Path, monkeypatch: pytest.Mo
     assert output.stat("a").etag == first
     assert output.write_if("a", b"2", first) is not None
     assert output.read("a") == b"2"
+
+
+def test_a_storage_that_does_not_heed_conditions_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs there would both have the lease."""
+    output = LocalStorage(tmp_path)
+
+    def always(self: LocalStorage, key: str, data: bytes, version: str | None) -> str:
+        self.write(key, data)
+        return self.stat(key).etag
+
+    monkeypatch.setattr(LocalStorage, "write_if", always)
+    with pytest.raises(UsageError, match="does not heed conditional writes"), Lease(output, "lease.json", "first"):
+        pass
+    assert not output.exists("lease.json")

@@ -198,6 +198,34 @@ def test_folders_with_an_underscore_are_listed_and_not_waited_for() -> None:
     assert len(taken) == 102
 
 
+def test_what_lies_beside_a_dataset_is_no_photograph(tmp_path: Path) -> None:
+    """Of Spark, Hugging Face, git, macOS. Without Parquet it is listed as any other file."""
+    place = LocalStorage(tmp_path)
+    notes = ("_SUCCESS", "README.md", ".gitattributes", "data/.DS_Store", "LICENSE")
+    for name in notes:
+        place.write(name, b"?")
+    assert sorted(item.key for item in list_input(place).objects) == sorted(notes)
+    pq.write_table(pa.table({"image": [b"1"]}), tmp_path / "data/ok.parquet")
+    found = list_input(place)
+    assert found.groups is not None and [item.key for item in found.objects] == ["data/ok.parquet#0"]
+
+
+def test_rows_of_a_dataset_are_no_keys(tmp_path: Path) -> None:
+    """As they stand in a ledger: as objects they would fail, over rows of what was restored."""
+    place = LocalStorage(tmp_path / "in")
+    place.write("a.jpg", b"?")
+    pq.write_table(pa.table({"image": [b"1"]}), tmp_path / "in/ok.parquet")
+    keys = tmp_path / "keys.csv"
+    for text in ("key\nok.parquet#0\n", 'key,size,etag\nok.parquet#0,5,"1"\n', "a.jpg\nok.parquet#0\n"):
+        keys.write_text(text)
+        with pytest.raises(
+            UsageError, match=r"^--keys .*: 'ok.parquet#0' is a row of a Parquet file, .* name the file"
+        ):
+            list(list_input(place, str(keys)).objects)
+    place.write("ok.parquet#0", b"a file of that name")
+    assert [item.key for item in list_input(place, str(keys)).objects] == ["a.jpg", "ok.parquet#0"]
+
+
 def test_a_photograph_among_parquet_is_listed(tmp_path: Path) -> None:
     place = LocalStorage(tmp_path)
     pq.write_table(pa.table({"image": [b"1"]}), tmp_path / "ok.parquet")

@@ -30,10 +30,10 @@ def test_the_budget_is_that_of_the_node_which_has_least_for_each_worker(monkeypa
 
     nodes = [node(8, 32), node(2, 16), node(1, 1, alive=False), {"Alive": True, "Resources": {"memory": GB}}]
     monkeypatch.setattr("ray.nodes", lambda: nodes)
-    assert cluster.pixel_budget(8) == memory.pixel_budget(32 * GB, 8)
-    assert cluster.pixel_budget(1) == memory.pixel_budget(16 * GB, 1)
+    assert cluster.pixel_budget("cpu", 8) == memory.pixel_budget(32 * GB, 8)
+    assert cluster.pixel_budget("cpu", 1) == memory.pixel_budget(16 * GB, 1)
     nodes.clear()
-    assert cluster.pixel_budget(8) == memory.LEAST_PIXELS
+    assert cluster.pixel_budget("cpu", 8) == memory.LEAST_PIXELS
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,7 @@ def test_the_budget_is_that_of_the_node_which_has_least_for_each_worker(monkeypa
         ([(1, 1)], 1, 1),
         ([(8, 12), (8, 12)], 2, 8),
         ([(8, 12), (3, 12)], 3, 3),  # one fits on the smallest
+        ([(8, 7), (1, 14)], 4, 2),  # a head of one CPU does not count
         ([(8, 12), (0, 4)], 2, 4),  # a head without work
     ],
 )
@@ -56,13 +57,32 @@ def test_processes_share_cpus_where_memory_is_short(
     found = [{"Alive": True, "Resources": {"CPU": cpus, "memory": gigabytes * GB}} for cpus, gigabytes in nodes]
     monkeypatch.setattr("ray.nodes", lambda: found)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": float(sum(cpus for cpus, _ in nodes))})
-    assert cluster.cpus_each() == each
+    assert cluster.cpus_each("cpu") == each
     assert cluster.processes("cpu", None, cpus_each=each) == workers
-    least = min(memory.pixel_budget(gigabytes * GB, cpus // each) for cpus, gigabytes in nodes if cpus)
-    assert cluster.pixel_budget(workers, cpus_each=each) == least
-    monkeypatch.setenv(cluster.GROWS_TO, "CPU=64")
-    assert cluster.processes("cpu", None, cpus_each=each) == 64 // each
+    fit = [(cpus, gigabytes) for cpus, gigabytes in nodes if cpus >= each]
+    least = min(memory.pixel_budget(gigabytes * GB, cpus // each) for cpus, gigabytes in fit)
+    assert cluster.pixel_budget("cpu", workers, cpus_each=each) == least
+    smallest = min(cpus for cpus, _ in fit)
+    monkeypatch.setenv(cluster.GROWS_TO, f"CPU={8 * smallest}")  # eight of the smallest node
+    assert cluster.processes("cpu", None, cpus_each=each) == max(workers, 8 * (smallest // each))
     assert cluster.processes("cpu", 5, cpus_each=1) == 5
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gigabytes", "each", "megapixels"),
+    [(16, 24, 2, 64), (4, 10.5, 1, 44), (16, 90, 1, 146), (8, 12, 2, 55), (2, 2, 2, 1)],
+)
+def test_beside_a_gpu_its_process_has_memory_too(
+    monkeypatch: pytest.MonkeyPatch, cpus: int, gigabytes: float, each: int, megapixels: int
+) -> None:
+    """And those that decode and write are as many as the rest suffices for."""
+    node = {"Alive": True, "Resources": {"CPU": cpus, "GPU": 1, "memory": gigabytes * GB}}
+    monkeypatch.setattr("ray.nodes", lambda: [node])
+    assert cluster.cpus_each("cuda") == each
+    budget = cluster.pixel_budget("cuda", cpus, cpus_each=each)
+    assert budget // 10**6 == megapixels
+    rest = gigabytes * GB - cluster.GPU_BYTES
+    assert budget == memory.LEAST_PIXELS or budget * memory.CODING <= rest / (cpus // each) - memory.WORKER_BYTES
 
 
 def test_a_budget_fits_into_the_memory_that_it_is_made_from() -> None:

@@ -1512,3 +1512,40 @@ def test_a_refusal_as_a_process(tmp_path: Path) -> None:
 def test_the_job_can_be_called_from_python() -> None:
     with pytest.raises(UsageError, match="--batch-size 0"):
         RestoreBucket(input="a", output="b", batch_size=0)
+
+
+# --- What would do harm --------------------------------------------------------------------------------------------
+
+
+def test_files_of_others_in_the_output_are_not_written_over(tmp_path: Path, run: Run) -> None:
+    source = write_tree(tmp_path / "in", {"a.png": encoded(photograph(20, 24, 1), "PNG")})
+    output = write_tree(tmp_path / "out", {"a.png": b"an original", "z.txt": b"notes"})
+    with pytest.raises(UsageError, match=r"^--output .*: holds files that no restore has made, such as 'a.png', which"):
+        run(source, output)
+    assert files_of(output) == {"a.png": b"an original", "z.txt": b"notes"}
+    (output / "a.png").unlink()
+    (output / "z.txt").unlink()
+    assert run(source, output) == 0
+    (output / "z.txt").write_bytes(b"notes")  # beside what a restore has made
+    assert run(source, output) == 0
+
+
+def test_a_list_of_keys_needs_a_folder(tmp_path: Path, run: Run) -> None:
+    """With one file as input what a key is written over would not be looked at."""
+    source = write_tree(tmp_path / "in", {"a.png": encoded(photograph(20, 24, 1), "PNG"), "sub/a.png": b"?"})
+    (tmp_path / "keys").write_text("a.png\nsub/a.png\n")
+    with pytest.raises(UsageError, match="is one file; with --keys name the folder or prefix"):
+        run(source / "a.png", source / "sub", keys=str(tmp_path / "keys"))
+
+
+def test_a_file_larger_than_any_picture_is_not_read(tmp_path: Path, run: Run) -> None:
+    """A film of many gigabytes, say."""
+    source, output = write_tree(tmp_path / "in", {"a.png": encoded(photograph(20, 24, 1), "PNG")}), tmp_path / "out"
+    with (source / "film.mp4").open("wb") as film:
+        film.truncate(2**40)
+    assert run(source, output, max_megapixels=1) == 0
+    row = ledger_of(output)["film.mp4"]
+    assert (row.status, row.error, row.size) == ("failed", "too_large", 2**40)
+    assert (
+        row.message is not None and "1099511627776 bytes are more than a picture of 1000000 pixels has" in row.message
+    )

@@ -314,6 +314,7 @@ def test_a_key_that_is_denied_is_named_with_the_permission(proxy: FaultProxy, mo
     [
         ("LIST", "access denied, s3:ListBucket is missing"),
         ("PUT", "cannot put s3://photos/out/_restore/probe: access denied, s3:PutObject is missing"),
+        ("GET", "cannot get s3://photos/out/_restore/probe: access denied, s3:GetObject is missing"),
         ("DELETE", "cannot delete s3://photos/out/_restore/probe: access denied, s3:DeleteObject is missing"),
     ],
 )
@@ -324,6 +325,17 @@ def test_a_bucket_that_may_not_be_written_is_refused_at_once(proxy: FaultProxy, 
             require_writable(output, "--output")
         assert str(caught.value) == f"--output s3://photos/out: {said}; check the credentials and their permissions"
         assert proxy.injected == {"denied": 1}
+
+
+def test_one_object_that_is_archived_does_not_end_a_packing(
+    proxy: FaultProxy, moto_client: "S3Client", tmp_path: Path
+) -> None:
+    for key, data in people(12).items():
+        moto_client.put_object(Bucket="photos", Key=f"in/{key}", Body=data)
+    with proxy.injecting(Fault(kind="archived", method="GET", key=".*Person_07_0001.jpg")):
+        assert pack_dataset.main(PackDataset(input=("s3://photos/in",), output=str(tmp_path / "out"))) == 0
+    (line,) = (tmp_path / "out/_pack/broken.csv").read_text().splitlines()[1:]
+    assert "Person_07_0001.jpg,read," in line and "archived" in line
 
 
 def test_a_bucket_that_may_not_be_listed_is_refused_at_once(proxy: FaultProxy) -> None:

@@ -210,6 +210,17 @@ def test_nothing_lands_outside_the_folder(folder: LocalStorage, tmp_path: Path, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_nothing_is_written_through_a_link_to_a_folder(folder: LocalStorage) -> None:
+    """A listing does not follow it: the file would be there, and not be found."""
+    (folder.root / "real").mkdir()
+    (folder.root / "link").symlink_to("real")
+    for key in ("link/a.jpg", "link/new/a.jpg"):
+        assert "lies in a folder that is a symbolic link" in fails("write", folder.write, key, b"x")
+    assert list(folder.list()) == []
+    folder.write("real/a.jpg", b"x")
+    assert folder.read("link/a.jpg") == b"x"
+
+
 def test_a_link_to_a_file_outside_is_listed_but_never_followed(folder: LocalStorage, tmp_path: Path) -> None:
     (tmp_path / "secret.jpg").write_bytes(b"secret")
     (folder.root / "a.jpg").symlink_to(tmp_path / "secret.jpg")

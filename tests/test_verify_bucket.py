@@ -14,7 +14,9 @@ from photos import encoded, write_tree
 from jobs import restore_bucket, verify_bucket
 from jobs.restore_bucket import RestoreBucket
 from jobs.verify_bucket import VerifyBucket
-from restore_core.errors import UsageError
+from restore_core.errors import ItemError, StorageError, UsageError
+from restore_core.pipelines import verification
+from restore_core.storage import LocalStorage
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -153,6 +155,17 @@ def test_parquet(tmp_path: Path, restore: Restore, keyed: bool) -> None:
     os.utime(tmp_path / "in/faces.parquet", ns=(times.st_atime_ns, times.st_mtime_ns))
     assert findings(tmp_path / "in", output, report) == set()
 
+    # A column that is no image: its page has a checksum.
+    restore(tmp_path / "in", tmp_path / "again")
+    good = (tmp_path / "again/faces-00000.parquet").read_bytes()
+    shard.write_bytes(good)
+    assert findings(tmp_path / "in", output, report) == set()
+    if keyed:
+        column = pq.read_metadata(shard).row_group(0).column(1)
+        at = column.data_page_offset + column.total_compressed_size - 3
+        shard.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        assert len(findings(tmp_path / "in", output, report)) == 5
+
     shard.write_bytes(shard.read_bytes()[:-9])
     assert len(findings(tmp_path / "in", output, report)) == 5
     pq.write_table(pa.table({"words": ["no", "images"]}), shard)
@@ -168,6 +181,25 @@ def test_names_cannot_forge_lines(tmp_path: Path, restore: Restore, capsys: pyte
     said = capsys.readouterr().out
     assert "\x1b" not in said
     assert not any(line.startswith("1 objects: all") for line in said.splitlines())
+
+
+def test_a_network_that_fails_is_no_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every output would be called unreadable, or changed, with the advice to delete it."""
+
+    def fails(self: LocalStorage, key: str) -> bytes:
+        raise ItemError("read", "no route to host", others_too=True)
+
+    row = {"key": "a.jpg", "file": "a.jpg", "row": None, "output_sha256": "0", "input_sha256": "0", "rows": None}
+    assert verification._check_file([row], LocalStorage(tmp_path)) == [{"finding": "missing", "key": "a.jpg"}]
+    monkeypatch.setattr(LocalStorage, "read", fails)
+    with pytest.raises(StorageError, match="no route to host"):
+        verification._check_file([row], LocalStorage(tmp_path))
+
+
+def test_a_report_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with pytest.raises(UsageError, match=r"--report .*: cannot be written \(Is a directory\); name another"):
+        verify_bucket.main(VerifyBucket(input=str(tmp_path), output=str(tmp_path), report=tmp_path / "in"))
 
 
 def test_what_cannot_be_verified_is_one_clear_line(tmp_path: Path) -> None:

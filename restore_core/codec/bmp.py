@@ -99,7 +99,8 @@ def _unused_bits(source: bytes, height: int, width: int) -> npt.NDArray[np.uint3
     if bytes_each == 3 or _header_size(source) == _OLD_HEADER:
         return np.zeros((height, width), np.uint32)
     stride = (width * bytes_each + 3) // 4 * 4
-    rows = np.frombuffer(source, np.uint8, height * stride, struct.unpack_from("<I", source, 10)[0])
+    at = struct.unpack_from("<I", source, 10)[0] or 14 + _header_size(source)
+    rows = np.frombuffer(source[at : at + height * stride].ljust(height * stride, b"\0"), np.uint8)
     pixels = np.ascontiguousarray(rows.reshape(height, stride)[:, : width * bytes_each]).view(f"<u{bytes_each}")
     top_down = struct.unpack_from("<i", source, 22)[0] < 0
     return (pixels if top_down else pixels[::-1]).astype(np.uint32)

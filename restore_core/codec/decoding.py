@@ -502,15 +502,13 @@ def _tiff_orientation(image: ImageFile.ImageFile) -> Any:
 
 
 def orientation_of(image: ImageFile.ImageFile) -> int | None:
-    """That of EXIF. Where that has none Pillow takes one from XMP, which viewers do not turn pictures by."""
-    told = image.info
-    image.info = {name: value for name, value in told.items() if name not in ("xmp", "XML:com.adobe.xmp")}
+    """That of EXIF. Where that has none Pillow's `getexif` takes one from XMP, which viewers do not heed."""
+    found = Image.Exif()
     try:
-        return _valid(image.getexif().get(exif.ORIENTATION))
+        found.load(image.info.get("exif") or png.exif_text(image.info))
+        return _valid(found.get(exif.ORIENTATION))
     except BROKEN_FILE:  # a damaged EXIF block does not make the pixels worse
         return None
-    finally:
-        image.info = told
 
 
 def _valid(orientation: object) -> int | None:

@@ -327,7 +327,9 @@ def _saved_jpeg(image: Image.Image, **options: object) -> bytes:
         if not options["progressive"]:
             raise
     # Of progressive files libjpeg writes all at once, and Pillow gives it two bytes a pixel: too few for fine grain.
-    before, ImageFile.MAXBLOCK = ImageFile.MAXBLOCK, 2**16 + 4 * len(image.getbands()) * image.width * image.height
+    before = ImageFile.MAXBLOCK  # of this process, in which nobody else writes
+    headers = sum(len(value) for value in options.values() if isinstance(value, bytes))
+    ImageFile.MAXBLOCK = 2**16 + 2 * headers + 4 * len(image.getbands()) * image.width * image.height
     try:
         return _saved(image, "JPEG", **options)
     finally:
@@ -348,7 +350,7 @@ def _with_jpeg_density(new: bytes, info: dict[str | tuple[int, int], Any]) -> by
 
 def _segments(original: JpegImageFile) -> bytes:
     """The segments that Pillow does not carry: IPTC captions, the rest of a long XMP, comments, and what programs and
-    cameras have added; but not those that are written anew or tell of the pixels as they were."""
+    cameras have added, previews among it; but not those that are written anew or would lead to what is gone."""
     return b"".join(
         struct.pack(">BBH", 0xFF, 0xFE if name == "COM" else 0xE0 + int(name[3:]), len(segment) + 2) + segment
         for name, segment in original.applist
@@ -414,11 +416,7 @@ def _png_exif(original: ImageFile.ImageFile, source: bytes) -> bytes:
     for kind, body in png.chunks(source):
         if kind == b"eXIf":
             return body
-    text = original.info.get("Raw profile type exif")  # where older ImageMagick put it
-    try:
-        return bytes.fromhex("".join(text.split("\n")[3:])) if isinstance(text, str) else b""
-    except ValueError:  # damaged; the text itself is carried over as it is
-        return b""
+    return png.exif_text(original.info)
 
 
 def _encode_png(

@@ -41,10 +41,11 @@ def frame(source: bytes) -> tuple[int, int]:
 
 def unreadable(source: bytes) -> str | None:
     """The name of its kind, if that is one which libjpeg does not read though Pillow opens it."""
-    codes = {source[at + 1] for at, _ in segments(source)[0]}
-    if codes & _HIERARCHICAL:  # several frames, each of which refines the one before (annex J)
+    codes = (source[at + 1] for at, _ in segments(source)[0])
+    first = next((code for code in codes if code in _FRAMES or code in _HIERARCHICAL), None)
+    if first in _HIERARCHICAL:  # several frames, each of which refines the one before (annex J)
         return "hierarchical"
-    return "lossless" if codes & _LOSSLESS else None
+    return "lossless" if first in _LOSSLESS else None
 
 
 def finest_tables(source: bytes) -> dict[int, list[int]]:

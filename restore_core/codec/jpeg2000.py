@@ -7,6 +7,8 @@ _HEADER, _COLOUR, _PALETTE, _CHANNELS, _CODESTREAM = b"jp2h", b"colr", b"pclr", 
 _NEEDED = (b"jP  ", b"ftyp", b"rreq", _HEADER, _CODESTREAM)
 _COMMENT, _TILE, _END = b"\xff\x64", b"\xff\x90", b"\xff\xd9"
 _SRGB, _GRAY = 16, 17
+_ALPHAS = 1, 0xFFFF
+"""Kinds of a last channel: transparency, or not told."""
 _WHOLE = 0, 0xFFFF
 """What a channel is told to belong to, if that is no single colour."""
 
@@ -39,7 +41,7 @@ def _in_order(channels: bytes, components: int) -> bool:
     count = min(int.from_bytes(channels[:2], "big"), (len(channels) - 2) // 6)
     for index in range(count):
         channel, kind, belongs = struct.unpack_from(">3H", channels, 2 + 6 * index)
-        is_alpha = kind == 1 and channel == components - 1 and components in (2, 4)
+        is_alpha = kind in _ALPHAS and channel == components - 1 and components in (2, 4)
         if not is_alpha and (kind != 0 or belongs not in (channel + 1, *_WHOLE)):
             return False
     return True

@@ -2,7 +2,8 @@
 
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 Chunk = tuple[bytes, bytes]
 """Type and body."""
@@ -29,6 +30,15 @@ def following(png: bytes) -> bytes:
     found = list(chunks(png))
     end = len(SIGNATURE) + sum(12 + len(body) for _, body in found)
     return png[end:] if found[-1][0] == b"IEND" else b""
+
+
+def exif_text(info: Mapping[Any, Any]) -> bytes:
+    """The EXIF block where older ImageMagick put it, from Pillow's info of a picture; b"" where there is none."""
+    text = info.get("Raw profile type exif")
+    try:
+        return bytes.fromhex("".join(text.split("\n")[3:])) if isinstance(text, str) else b""
+    except ValueError:  # damaged
+        return b""
 
 
 def joined(chunks: Iterable[Chunk]) -> bytes:

@@ -200,18 +200,25 @@ def processes(device: Literal["cpu", "cuda"], wanted: int | None, *, cpus_each: 
     if wanted is not None and wanted > most:
         raise UsageError(f"--workers {wanted}: the cluster has {most} {kind}; use --workers {most} or add nodes")
     if wanted is None and device == "cpu" and cpus_each > 1:  # a process is on one node
-        here = sum(int(node["CPU"]) // cpus_each for node in _working_nodes())
-        most = max(here, _grows_to().get("CPU", 0) // cpus_each)
+        nodes = [int(node["CPU"]) for node in _working_nodes()]
+        smallest = min((cpus for cpus in nodes if cpus >= cpus_each), default=cpus_each)
+        grown = _grows_to().get("CPU", 0) // smallest * (smallest // cpus_each)
+        most = max(1, sum(cpus // cpus_each for cpus in nodes), grown)
     return wanted or most
 
 
-def cpus_each() -> int:
-    """How many CPUs each process that restores on CPUs should have to itself, for its share of the memory to suffice:
-    1 where that is plenty, more where many CPUs share little of it."""
+def cpus_each(device: Literal["cpu", "cuda"]) -> int:
+    """How many CPUs what decodes and encodes in a process should have to itself, on CPUs the network too, for its share
+    of the memory to suffice: 1 where that is plenty, more where many CPUs share little of it.
+
+    Nodes of fewer CPUs than that are left out, unless there are no others.
+    """
     nodes = _working_nodes()
-    smallest = min((int(node["CPU"]) for node in nodes), default=1)
-    needed = max((math.ceil(memory.SHARE_BYTES * node["CPU"] / max(1, _bytes(node))) for node in nodes), default=1)
-    return smallest // (smallest // min(needed, smallest))  # so that none of them is left over
+    shares = (memory.SHARE_BYTES * node["CPU"] / max(1, _bytes(node, device)) for node in nodes)
+    needed = max(map(math.ceil, shares), default=1)
+    cpus = [int(node["CPU"]) for node in nodes] or [1]
+    smallest = min((count for count in cpus if count >= needed), default=max(cpus))
+    return smallest // (smallest // min(needed, smallest))  # so that few are left over
 
 
 def _grows_to() -> dict[str, int]:
@@ -260,14 +267,12 @@ def await_node(device: Literal["cpu", "cuda"]) -> None:
         logger.info("waiting for the first node with a %s, for %.0f s now", name, waited)
 
 
-def pixel_budget(workers: int, *, cpus_each: int = 1) -> int:
+def pixel_budget(device: Literal["cpu", "cuda"], workers: int, *, cpus_each: int = 1) -> int:
     """What a picture may have on the node that has least memory for each of its workers, of `workers` in all."""
+    nodes = _working_nodes()
     budgets = [
-        memory.pixel_budget(
-            max(0, _bytes(node) - GPU_BYTES * int(node.get("GPU", 0))),
-            max(1, min(workers, int(node["CPU"]) // cpus_each)),
-        )
-        for node in _working_nodes()
+        memory.pixel_budget(_bytes(node, device), max(1, min(workers, int(node["CPU"]) // cpus_each)))
+        for node in [node for node in nodes if node["CPU"] >= cpus_each] or nodes
     ]
     return min(budgets, default=memory.LEAST_PIXELS)
 
@@ -282,6 +287,7 @@ def _working_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
 
 
-def _bytes(node: Mapping[str, float]) -> int:
-    """The memory that Ray offers there, which heeds a container's limit and leaves the object store out."""
-    return int(node.get("memory", 0))
+def _bytes(node: Mapping[str, float], device: Literal["cpu", "cuda"]) -> int:
+    """The memory for CPUs' work that Ray offers there: heeds a container's limit, leaves the object store out."""
+    held = GPU_BYTES * int(node.get("GPU", 0)) if device == "cuda" else 0
+    return max(0, int(node.get("memory", 0)) - held)

@@ -179,7 +179,7 @@ def list_input(storage: Storage, keys: str | None = None, listing: Iterable[Obje
     Raises UsageError when there are none, and for Parquet that cannot be used.
     """
     if keys is not None:
-        listing = read_key_list(keys, storage)
+        listing = _no_rows(read_key_list(keys, storage), storage, keys)
     elif listing is None:
         listing = storage.list(unreadable=True)
 
@@ -195,19 +195,36 @@ def list_input(storage: Storage, keys: str | None = None, listing: Iterable[Obje
     for item in objects:
         head.append(item)
         unreadable = item.key.endswith("/") and not item.size
-        if not sources.is_internal(item.key) and not item.key.endswith(".parquet") and not unreadable:
+        if not item.key.endswith(".parquet") and not unreadable and not _is_beside_data(item.key):
             return Input(chain(head, objects), None, version)
     if not head:
         where = f"--input {storage.uri}" if keys is None else f"--keys {keys}"
         raise UsageError(f"{where}: no files there; check the path or prefix")
     # Without what jobs/pack_dataset.py says about a dataset.
-    if dataset := [item for item in head if not sources.is_internal(item.key)]:
+    if dataset := [item for item in head if not _is_beside_data(item.key)]:
         for folder in (item for item in dataset if item.key.endswith("/")):
             raise StorageError(f"cannot list {one_line(storage.join(folder.key))}; fix its permissions or move it away")
         groups = RowGroups(list(_row_groups(storage, dataset)))
         groups.check(storage.uri)
         return Input(groups.objects(), groups)
     return Input(iter(head), None, version)
+
+
+def _is_beside_data(key: str) -> bool:
+    """What lies beside the files of a dataset: our own notes, those of Spark (_SUCCESS), Hugging Face, git, macOS."""
+    name = key.rpartition("/")[2]
+    return sources.is_internal(key) or name.startswith((".", "_")) or name.lower() in ("readme.md", "license")
+
+
+def _no_rows(listing: Iterable[Object], storage: Storage, keys: str) -> Iterator[Object]:
+    """The same. Raises UsageError for rows of Parquet files, as the ledger names them: those are not objects."""
+    for item in listing:
+        file, number = item.key.rpartition("#")[::2]
+        if number.isdecimal() and file.endswith(".parquet") and storage.exists(file) and not storage.exists(item.key):
+            raise UsageError(
+                f"--keys {keys}: {item.key!r} is a row of a Parquet file, which goes as a whole; name the file"
+            )
+        yield item
 
 
 def _row_groups(storage: Storage, files: list[Object]) -> Iterator[RowGroup]:

@@ -237,7 +237,7 @@ def build_dataset(
     """The graph: one fused stage, or decode -> restore -> write in processes of their own (`separate`).
 
     There are `actors` that hold the model, and up to `most_actors` once nodes for more of them have joined. In the one
-    stage each has `cpus`.
+    stage each has `cpus`, in several each task has.
     With `alone` no unit waits at an actor while another is worked on, so that a crash costs the one that caused it.
     """
     shared = [ray.put(run)]  # in a list, since Ray would resolve a bare reference itself, once for each actor
@@ -265,7 +265,7 @@ def build_dataset(
             )
         # Tasks, which hold no CPU while they wait, and a network that needs none of its own: when a node is lost, what
         # is left of any stage could otherwise keep the others from starting again.
-        task = {**each, "fn_args": (shared,), "num_cpus": 1, "max_retries": 1}
+        task = {**each, "fn_args": (shared,), "num_cpus": cpus, "max_retries": 1}
         dataset = dataset.map_batches(decode_unit, **task)
         dataset = dataset.map_batches(RestoreItems, compute=pool, fn_constructor_args=(shared,), num_cpus=0, **actor)
         return dataset.map_batches(write_items, **task)
@@ -554,7 +554,7 @@ class _Actors:
     device: Literal["cpu", "cuda"]
     count: int
     cpus: int
-    """That each of them has to itself, on CPUs."""
+    """That each of them has to itself, or, beside GPUs, each task that decodes or writes."""
 
 
 def _actors(options: RestoreOptions, device: Literal["cpu", "cuda"] | None = None) -> _Actors:
@@ -568,7 +568,7 @@ def _actors(options: RestoreOptions, device: Literal["cpu", "cuda"] | None = Non
         device = cluster.pick_device(options.device)
     else:
         cluster.await_node(device)
-    each = cluster.cpus_each() if device == "cpu" and options.workers is None else 1
+    each = cluster.cpus_each(device) if device == "cuda" or options.workers is None else 1
     count = cluster.processes(device, options.workers if first else None, cpus_each=each)
     return _Actors(device, count if first else max(1, min(options.workers or MOST_ACTORS, count)), each)
 
@@ -588,14 +588,16 @@ def _plan(
     """
     actors = _actors(options, device)
     cpus, _ = cluster.resources()
+    separate = actors.device == "cuda" and not parquet
+    most = cluster.cpus_per_node() if actors.device == "cuda" else cpus
     run = RestoreRun(
         input=input,
         output=output,
         model=model,
         device=actors.device,
-        threads=max(1, cpus // actors.count) if actors.device == "cpu" or parquet else 1,
+        threads=1 if separate else max(1, min(cpus // actors.count, most)),
         max_pixels=options.max_pixels
-        or cluster.pixel_budget(actors.count if actors.device == "cpu" else cpus, cpus_each=actors.cpus),
+        or cluster.pixel_budget(actors.device, actors.count if actors.device == "cpu" else cpus, cpus_each=actors.cpus),
         strip_metadata=options.strip_metadata,
         frames=options.frames,
         repair=options.repair,

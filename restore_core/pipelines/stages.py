@@ -39,6 +39,9 @@ READ_BYTES = 2**20
 """Of a Parquet file's columns at once."""
 READ_TRIES, READ_PAUSE_SECONDS = 5, 4.0
 """Of a row group that cannot be read."""
+MOST_BYTES, SLACK_BYTES = 8, 2**28
+"""A file of more bytes than so many a pixel (RGBA of 16 bits, not compressed) and some for what comes with a picture,
+such as a film, is not read: whatever it is, it would fill the memory."""
 OTHERS_LEFT_OUT = "the others are left out"
 STAGE_SECONDS = 900
 """Longer than a unit's files may take to be fetched and decoded, or encoded and written, retries included."""
@@ -115,6 +118,12 @@ def _wall(row: Row) -> Iterator[None]:
 def fetch(item: Item, run: RestoreRun) -> Item:
     with _wall(item.row):
         if item.source is None:
+            if item.row.size > run.max_pixels * MOST_BYTES + SLACK_BYTES:
+                raise ItemError(
+                    "too_large",
+                    f"{item.row.size} bytes are more than a picture of {run.max_pixels} pixels has; raise "
+                    "--max-megapixels, with --retry-failed too_large",
+                )
             # The row names the version that was read, not the one that was listed.
             listed = Object(item.row.key, item.row.size, item.row.etag)
             item.source, read = run.input.read_version(listed)
@@ -205,8 +214,9 @@ def restore(items: list[Item], restorer: Restorer) -> None:
         undamaged = result.undamaged(gray_file=gray_file, repair=restorer.repair)
         # As an array of its own: what comes after would copy a view again and again.
         item.restored = None if undamaged else np.ascontiguousarray(item.picture.stored(result.pixels))
-    if large or memory.idle() > IDLE_BYTES:
-        memory.trim()  # of the machine; a GPU keeps its own for the next ones
+    # Beside a GPU libraries alone are more than that, and GPUs keep their own memory for the next ones.
+    if large or (restorer.device.type == "cpu" and memory.idle() > IDLE_BYTES):
+        memory.trim()
 
 
 def _any_large(items: list[Item]) -> bool:

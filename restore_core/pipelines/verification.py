@@ -38,6 +38,7 @@ MEANING: dict[Finding, str] = {
 IO_THREADS = 8
 UNIT_FILES, UNIT_SHARDS, WAVE_UNITS = 256, 8, 1000
 """Files and Parquet shards that are read by one task, and tasks that are handed to Ray at once."""
+SHARD_ROWS = 64
 ROWS = ("key", "size", "etag", "output_key", "output_sha256", "input_sha256")
 WRITTEN = pa.schema(
     [(name, pa.string()) for name in ("key", "output_sha256", "input_sha256", "file")]
@@ -180,7 +181,8 @@ def _of_contents(units: list[pa.Table], output: Storage) -> list[tuple[Finding, 
 
 def _check_unit(unit: pa.Table, output: Storage) -> pa.Table:
     files = _by_file(unit)
-    with ThreadPoolExecutor(IO_THREADS) as pool:
+    shards = files[0][0]["key"] != files[0][0]["file"]  # of which one is held at a time
+    with ThreadPoolExecutor(1 if shards else IO_THREADS) as pool:
         found = [row for rows in pool.map(lambda file: _check_file(file, output), files) for row in rows]
     return pa.Table.from_pylist(found, schema=FINDINGS)
 
@@ -192,16 +194,16 @@ def _by_file(rows: pa.Table) -> list[list[dict[str, Any]]]:
 def _check_file(rows: list[dict[str, Any]], output: Storage) -> list[dict[str, str]]:
     """The findings about one output file, which several rows have in common where it is a Parquet shard."""
     name = rows[0]["file"]
-    images: list[bytes | None]
     try:
-        data = output.read(name)
-        images = [data] if rows[0]["key"] == name else _images_of_shard(data)
+        data = sources.read(output, name)
     except ItemError as error:
         finding = "missing" if error.error == "vanished" else "unreadable"
         return [{"finding": finding, "key": row["key"]} for row in rows if row["output_sha256"]]
+    hashes: list[str | None]
+    try:
+        hashes = [hashlib.sha256(data).hexdigest()] if rows[0]["key"] == name else list(_hashes_of_shard(data))
     except (OSError, pa.ArrowException, UsageError):  # no longer a Parquet file of images
-        images = []
-    hashes = [None if image is None else hashlib.sha256(image).hexdigest() for image in images]
+        hashes = []
     right = _in_their_places if rows[0]["row"] is not None else _anywhere
     return [
         {"finding": "changed", "key": row["key"]}
@@ -224,6 +226,10 @@ def _anywhere(rows: list[dict[str, Any]], hashes: list[str | None]) -> Iterator[
         yield there[row["output_sha256"]] >= expected[row["output_sha256"]]
 
 
-def _images_of_shard(data: bytes) -> list[bytes | None]:
-    table = pq.read_table(pa.BufferReader(data))
-    return sources.image_bytes(table[sources.image_column(table.schema)])
+def _hashes_of_shard(data: bytes) -> Iterator[str | None]:
+    """Of the images. All columns are read, since each page has a checksum."""
+    file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+    column = sources.image_column(file.schema_arrow)
+    for batch in file.iter_batches(SHARD_ROWS):
+        for image in sources.image_bytes(pa.table(batch)[column]):
+            yield None if image is None else hashlib.sha256(image).hexdigest()

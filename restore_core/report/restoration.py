@@ -7,6 +7,8 @@ from array import array
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from restore_core import codec
 from restore_core.manifest import Overview, Row
 
@@ -59,7 +61,8 @@ def _change_plot(changes: "array[float]") -> bytes:
 
     figure = Figure(figsize=(8, 2.4), layout="constrained")
     axes = figure.subplots()
-    axes.hist(changes, bins=40, color="#4878a8")
+    counts, edges = np.histogram(np.frombuffer(changes, np.float32), bins=40)  # matplotlib's takes 264 bytes a value
+    axes.stairs(counts, edges, fill=True, color="#4878a8")
     axes.set(xlabel="mean absolute change of a restored photograph, of 255", ylabel="photographs")
     axes.grid(alpha=0.3)
     sink = io.BytesIO()

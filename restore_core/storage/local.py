@@ -231,10 +231,13 @@ class LocalStorage:
         else:
             path = self.root.joinpath(*parts)
             # A link in the last place is replaced by a write, not followed, but a read would follow it.
-            real = os.path.realpath(path if doing == "read" else path.parent)
-            if Path(real).is_relative_to(self.root):
+            real = Path(os.path.realpath(path if doing == "read" else path.parent))
+            if not real.is_relative_to(self.root):
+                reason = "leads out of the folder through a symbolic link"
+            elif doing != "read" and real != path.parent:  # which a listing does not follow
+                reason = "lies in a folder that is a symbolic link"
+            else:
                 return path
-            reason = "leads out of the folder through a symbolic link"
         raise ItemError(doing, one_line(f"key {key!r} {reason}; not allowed in the local folder {self.uri}"))
 
 

@@ -274,6 +274,8 @@ class S3Storage:
                 lambda client: client.list_objects_v2(Bucket=self.bucket, Prefix=self.full_key(""), MaxKeys=1),
             ),
             ("put", "s3:PutObject", lambda client: client.put_object(**self._put_options(PROBE), Body=b"")),
+            # The ledger is read again; with --kms-key that takes the right to decrypt.
+            ("get", "s3:GetObject", lambda client: client.get_object(Bucket=self.bucket, Key=key)["Body"].close()),
             ("delete", "s3:DeleteObject", lambda client: client.delete_object(Bucket=self.bucket, Key=key)),
         )
         for verb, permission, step in steps:
@@ -451,7 +453,9 @@ def _s3_errors(doing: ErrorClass, uri: str, permission: str, verb: str | None = 
         if _code(error) in NO_CREDENTIALS + BAD_CREDENTIALS:
             why += f"; give this machine credentials that work, {GO_ON}"
         # Not cut off with the uri, which may be long.
-        raise ItemError(kind, f"{one_line(f'cannot {verb or doing} {uri}')}: {why}") from error
+        message = f"{one_line(f'cannot {verb or doing} {uri}')}: {why}"
+        others_too = _status(error) in (0, 429) or _status(error) >= 500 or message.endswith(GO_ON)
+        raise ItemError(kind, message, others_too=others_too or _code(error) == "NoSuchBucket") from error
 
 
 def _code(error: BaseException) -> str:
@@ -489,6 +493,8 @@ def _advice(error: Exception) -> str:
         return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give the machine a role"
     if _code(error) == "ProfileNotFound":
         return "check AWS_PROFILE"
+    if _code(error) == "SignatureDoesNotMatch":
+        return "check the credentials; where it is not AWS, try AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
     if _status(error) == 403:
         return "check the credentials and their permissions"
     if _code(error) == "InvalidStorageClass" or _code(error).startswith("KMS."):

@@ -140,7 +140,7 @@ def test_a_key_that_ends_in_a_slash_is_left_out_only_where_it_is_empty(
 def test_columns_that_are_parted_otherwise_are_no_keys(tmp_path: Path, photos: LocalStorage, mark: str) -> None:
     """As some spreadsheets write them. Taken as text each line would become a failed row."""
     (tmp_path / "keys.csv").write_text(f"Key{mark}size\na.jpg{mark}1\n")
-    with pytest.raises(UsageError, match="its columns are parted by .*; use commas"):
+    with pytest.raises(UsageError, match=r"its columns are parted by .*; use commas"):
         list(read_key_list(str(tmp_path / "keys.csv"), photos))
 
 

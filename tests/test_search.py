@@ -108,7 +108,7 @@ def test_it_leaves_two_figures_and_nothing_besides(finished: Path) -> None:
         assert len({len(set(image.getpixel((left + 9 * n + 4, top + 40)))) for n in range(16)} - {1}) == 1
         assert {len(set(image.getpixel((84 + 9 * n + 4, top + 40)))) for n in range(16)} == {1}
     assert {path.name for path in finished.iterdir()} == {
-        "options.json", "study.json", "study.md", "losses.png", "overview.png", "trials"
+        "options.json", "study.json", "study.md", "losses.png", "overview.png", "trials", "lease.json.lock"
     }  # fmt: skip
     for name in NAMES:
         files = {path.name for path in (finished / "trials" / name).iterdir()}

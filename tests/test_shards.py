@@ -40,7 +40,7 @@ class Archive:
         self.output.mkdir()
         self.outcome: Callable[[str], str] = lambda _: "written"
         plan = SimpleNamespace(device="cpu", max_pixels=1)
-        monkeypatch.setattr(restoration, "_plan", lambda *_: (plan, 1))
+        monkeypatch.setattr(restoration, "_plan", lambda *_, **__: (plan, 1))
         monkeypatch.setattr(restoration, "_samples", lambda *_: [])
         monkeypatch.setattr(restoration, "_restore_wave", self._wave)
         monkeypatch.setattr(restoration, "WAVE_OBJECTS", 1)  # a row group

@@ -8,7 +8,7 @@ object), run.json and report.html. Started again, it does only what is missing o
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -17,6 +17,9 @@ from restore_core.config import Precision, parse_repair, require
 from restore_core.errors import UsageError
 
 REPORT_FILE = "_restore/report.html"
+
+if TYPE_CHECKING:
+    from restore_core.storage import Storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,16 @@ class RestoreBucket:
         command_line.worker_count(self.workers)
 
 
+def in_the_way(source: "Storage", output: "Storage") -> str | None:
+    """A key of the input that the output has before the first restore into it; looked for only where it has any."""
+    from restore_core import manifest
+
+    if next(iter(output.list(f"{manifest.FOLDER}/")), None) is not None or next(iter(output.list()), None) is None:
+        return None
+    there = manifest.Sorted(((item.key, True) for item in output.list()), "the output's listing")
+    return next((item.key for item in source.list(unreadable=True) if there.get(item.key)), None)
+
+
 def main(job: RestoreBucket) -> int:
     from restore_core import checkpoint, manifest
     from restore_core.storage import open_storage, overlaps, require_readable, require_writable, with_put_options
@@ -93,11 +106,10 @@ def main(job: RestoreBucket) -> int:
         raise UsageError(f"--input {job.input}: is one file; with --keys name the folder or prefix that they are in")
     output = with_put_options(output, storage_class=job.storage_class, kms_key=job.kms_key)
     require_writable(output, "--output")
-    foreign = next((item.key for item in output.list()), None)
-    if foreign is not None and next(iter(output.list(f"{manifest.FOLDER}/")), None) is None:
+    if (found := in_the_way(source, output)) is not None:
         raise UsageError(
-            f"--output {job.output}: holds files that no restore has made, such as {foreign!r}, which might be written "
-            "over; name an empty place"
+            f"--output {job.output}: has a file {found!r} that no restore has made, and it would be written over; name "
+            "another place"
         )
     model = checkpoint.read(job.model)
     from restore_core import report

@@ -162,10 +162,15 @@ def ray(settings: dict[str, Any], arguments: list[str]) -> int:
     raise AssertionError("unreachable")
 
 
+_GIVEN: set[int] = set()
+"""Ports that are to be listened on, if not yet."""
+
+
 def free_port() -> int:
     """Not one of those that the system deals out: it would give it to another process before ours takes it."""
-    for port in random.sample(range(20000, 32000), 1000):
+    for port in set(random.sample(range(20000, 32000), 1000)) - _GIVEN:
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            _GIVEN.add(port)
             return port
     raise OSError("no port is free")
 

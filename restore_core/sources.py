@@ -22,7 +22,7 @@ from PIL import Image
 
 from restore_core import codec, manifest
 from restore_core.errors import ItemError, StorageError, UsageError
-from restore_core.storage import Object, Storage, key_of, one_line
+from restore_core.storage import Storage, key_of, one_line
 
 TAR_BUFFER_BYTES = 8 * 2**20
 WINDOW_BYTES = 2**28
@@ -74,7 +74,7 @@ def photographs(storage: Storage, threads: int = 16) -> Iterator[Found]:
                 if item.key in contents:
                     yield Found(item.key, contents[item.key])
                 else:
-                    yield from _tar_members(storage, item)
+                    yield from _tar_members(storage, item.key)
 
 
 def windows(items: Iterable[Item], most: int, size: Callable[[Item], int]) -> Iterator[list[Item]]:
@@ -156,9 +156,8 @@ class StrictHeader(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error} at byte {tarfile_.offset}") from error
 
 
-def _tar_members(storage: Storage, item: Object) -> Iterator[Found]:
+def _tar_members(storage: Storage, key: str) -> Iterator[Found]:
     filesystem, root = storage.filesystem()
-    key = item.key
     try:
         # Read front to back in large pieces: an archive on S3 takes few requests and is never held whole.
         with (

@@ -60,7 +60,8 @@ def is_interlaced(png: bytes) -> bool:
 def has_all_rows(png: bytes) -> bool:
     """Whether the compressed pixels are as many as the header says. Pillow takes those that are not there for zeros,
     where the compressed data ends as it should."""
-    (width, height), header = struct.unpack_from(">II", _header(png)), _header(png)
+    header = _header(png)
+    width, height = struct.unpack_from(">II", header)
     bits = header[8] * _CHANNELS.get(header[9], 1)
     passes = _PASSES if header[12] else ((0, 0, 1, 1),)
     sizes = [

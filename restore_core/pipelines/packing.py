@@ -82,7 +82,7 @@ def pack(inputs: list[Storage], output: Storage, splits: Splits, options: dict[s
     with ThreadPoolExecutor() as pool:
         for storage in inputs:
             files = sources.photographs(storage)
-            for window in sources.windows(files, ROW_GROUP_ROWS, sources.Found.__len__):
+            for window in sources.windows(files, ROW_GROUP_ROWS, len):
                 for found, row in zip(window, pool.map(row_or_error, window), strict=True):
                     if not isinstance(row, ItemError) and found.key in seen:
                         row = ItemError(

@@ -13,7 +13,7 @@ from torch import nn
 
 from restore_core.config import ModelConfig, model_config, to_dict
 from restore_core.errors import ItemError, UsageError
-from restore_core.model import build
+from restore_core.model import Autoencoder, ResidualUNet, build
 from restore_core.storage import open_storage
 
 BUNDLED = Path(__file__).parent / "weights"
@@ -79,10 +79,12 @@ def parse(name: str, weights: bytes, config: bytes, option: str = "--model") -> 
     return folder
 
 
-def load(folder: ModelFolder, device: torch.device | str = "cpu", option: str = "--model") -> nn.Module:
+def load(
+    folder: ModelFolder, device: torch.device | str = "cpu", option: str = "--model"
+) -> Autoencoder | ResidualUNet:
     """The network with its weights, in evaluation mode. Raises UsageError if the tensors do not fit the config."""
     with torch.device("meta"):
-        model: nn.Module = build(folder.architecture)
+        model = build(folder.architecture)
     try:
         tensors = safetensors.torch.load(folder.weights)
     except safetensors.SafetensorError as error:

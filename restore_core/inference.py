@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from restore_core import checkpoint, memory, streaming, strips, tiles
 from restore_core.checkpoint import ModelFolder
@@ -29,6 +29,7 @@ from restore_core.errors import UsageError
 from restore_core.false_patches import without_false_patches
 from restore_core.metrics import to_uint8
 from restore_core.model import (
+    Autoencoder,
     Prediction,
     ResidualUNet,
     each,
@@ -174,13 +175,12 @@ class Restorer:
         self.device = torch.device(device)
         if precision == "bfloat16" and self.device.type == "cuda" and not gpu_bfloat16(self.device):
             raise UsageError("--precision bfloat16: GPUs have it since Ampere, and this is an older one; leave it out")
-        self.least_alone = NATIVE_VALUES / fewest_values(folder.architecture)
+        self.networks: dict[torch.device, Autoencoder | ResidualUNet] = {}
+        self.least_alone = NATIVE_VALUES / fewest_values(self.network(self.device))
         """An image of no more pixels goes through the network on the CPU twice where it would be alone."""
-        self.networks: dict[torch.device, nn.Module] = {}
-        self.network(self.device)
         self._thread = threading.local()
 
-    def network(self, device: torch.device) -> nn.Module:
+    def network(self, device: torch.device) -> Autoencoder | ResidualUNet:
         """The network on a device; on the CPU beside a GPU only once it is needed there."""
         if device not in self.networks:
             network = checkpoint.load(self.folder, device)

@@ -1,5 +1,7 @@
 """The network as a function on photographs: any size, any batch, tiles, and what it says was wrong."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +26,8 @@ from restore_core.model import Prediction, ResidualUNet, build
 from restore_core.pipelines import stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).resolve().parent.parent
 
 SMALL = ResidualUNetConfig(channels=(8, 16), blocks=(1, 1))
 UNGATED = ResidualUNetConfig(channels=(8, 12, 16), blocks=(1, 1, 1), gate=False)
@@ -700,3 +704,14 @@ def test_a_sky_is_not_painted_over() -> None:
     (restored,) = Restorer(checkpoint.read("faces"))([image])
     sky = (slice(190, 330), slice(210, 255))
     assert np.abs(restored.pixels[sky].astype(int) - image[sky]).mean() < 3
+
+
+def test_a_worker_does_without_torchs_compiler() -> None:
+    """Its import takes a second and a half and 70 MB of each process, and a little thing brings it in."""
+    program = (
+        "import sys, numpy as np; from restore_core import checkpoint, inference; from restore_core.pipelines import "
+        "restoration; inference.Restorer(checkpoint.read('faces-fast'))([np.zeros((8, 9, 3), np.uint8)]); "
+        "print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "False\n", done.stderr

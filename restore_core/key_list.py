@@ -1,8 +1,8 @@
 """Lists of keys in place of a listing: an S3 Inventory, CSV, Parquet, or plain text."""
 
+import codecs
 import csv
 import gzip
-import io
 import json
 import urllib.parse
 import zlib
@@ -12,6 +12,7 @@ from itertools import islice
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv
 import pyarrow.parquet as pq
 
 from restore_core.errors import ItemError, UsageError
@@ -43,7 +44,7 @@ def read_key_list(uri: str, input: Storage) -> Iterator[Object]:
     if place.only is None:
         raise UsageError(f"{OPTION} {uri}: no such file; name a list of keys")
     try:
-        data = place.read(place.only)
+        data = _whole(place, place.only)
     except ItemError as error:
         raise UsageError(f"{OPTION} {uri}: {error.message}") from error
     try:
@@ -98,45 +99,63 @@ def _inventory(data: bytes, input: Storage) -> Iterator[pa.Table]:
         )
     if manifest["fileFormat"] not in ("CSV", "Parquet"):
         raise UsageError(f"its format is {manifest['fileFormat']}; have it made as CSV or Parquet")
-    columns = [name.strip().lower() for name in manifest["fileSchema"].split(",")]
+    columns = _names(manifest["fileSchema"].split(","))
     files = open_storage(f"s3://{manifest['destinationBucket'].rpartition(':')[2]}/", option=OPTION)
     for entry in manifest["files"]:
         try:
-            content = files.read(entry["key"])
+            content = _whole(files, entry["key"])
         except ItemError as error:
             raise UsageError(error.message) from error
         if manifest["fileFormat"] == "Parquet":
             yield _of_columns(pq.read_table(pa.BufferReader(content)), input)
         else:
-            table = _of_csv(_text(content), columns)
-            index = table.schema.get_field_index("key")
-            keys = [urllib.parse.unquote_plus(key) for key in table["key"].to_pylist()]
-            yield _of_columns(table.set_column(index, "key", pa.array(keys, pa.string())), input)
+            table = _of_csv(_unpacked(content), columns)
+            parts = [[urllib.parse.unquote_plus(key) for key in part.to_pylist()] for part in table["key"].chunks]
+            keys = pa.chunked_array(parts, pa.string())
+            yield _of_columns(table.set_column(table.schema.get_field_index("key"), "key", keys), input)
+
+
+def _whole(place: Storage, key: str) -> bytes:
+    """The file, as long as it is said to be: a list that is cut short would leave objects out. Raises ItemError."""
+    return place.read_version(place.stat(key))[0]
 
 
 def _file(name: str, data: bytes, input: Storage) -> Iterator[pa.Table]:
     if name.endswith(".parquet"):
         yield _of_columns(pq.read_table(pa.BufferReader(data)), input)
         return
-    text = _text(data)
-    header = next(csv.reader(io.StringIO(text)), [])
-    columns = [column.strip().lower() for column in header]
+    data = _unpacked(data)
+    first, _, others = data.partition(b"\n")
+    header = next(csv.reader([first.decode()]), [])
     for mark in (";", "\t"):
-        if len(header) == 1 and "key" in [column.strip().lower() for column in header[0].split(mark)] and mark in text:
+        if len(header) == 1 and mark in header[0] and "key" in _names(header[0].split(mark)):
             raise UsageError(f"its columns are parted by {mark!r}; use commas")
-    if "key" in columns:
-        yield _of_columns(_of_csv(text.partition("\n")[2], columns), input)
+    if "key" in _names(header):
+        yield _of_columns(_of_csv(others, _names(header)), input)
     else:
-        yield _completed(pa.table({"key": pa.array([line for line in text.split("\n") if line], pa.string())}))
+        text = pa.array([data.decode().replace("\r\n", "\n")], pa.large_string())
+        lines = pc.split_pattern(text, "\n").flatten()
+        yield _completed(pa.table({"key": lines.filter(pc.not_equal(lines, ""))}))
 
 
-def _text(data: bytes) -> str:
-    return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig").replace("\r\n", "\n")
+def _names(header: list[str]) -> list[str]:
+    return [name.strip().lower() for name in header]
 
 
-def _of_csv(text: str, columns: list[str]) -> pa.Table:
-    rows = [row for row in csv.reader(io.StringIO(text)) if row]
-    return pa.table({name: pa.array([row[index] for row in rows], pa.string()) for index, name in enumerate(columns)})
+def _unpacked(data: bytes) -> bytes:
+    return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).removeprefix(codecs.BOM_UTF8)
+
+
+def _of_csv(data: bytes, columns: list[str]) -> pa.Table:
+    """All its columns as text."""
+    if not data.strip():
+        return pa.table({name: pa.array([], pa.string()) for name in columns})
+    return pyarrow.csv.read_csv(
+        pa.BufferReader(data),
+        pyarrow.csv.ReadOptions(column_names=columns),
+        pyarrow.csv.ParseOptions(newlines_in_values=True),
+        pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()), strings_can_be_null=False),
+    )
 
 
 def _of_columns(table: pa.Table, input: Storage) -> pa.Table:

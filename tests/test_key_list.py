@@ -144,6 +144,14 @@ def test_columns_that_are_parted_otherwise_are_no_keys(tmp_path: Path, photos: L
         list(read_key_list(str(tmp_path / "keys.csv"), photos))
 
 
+def test_a_column_of_keys_may_hold_such_marks(tmp_path: Path, photos: LocalStorage) -> None:
+    file = write(tmp_path / "keys.csv", b'Key\na;b.jpg\n"new\nline.jpg"\n\nplain.jpg\nt\tb "x".jpg\n')
+    assert [item.key for item in read_key_list(file, photos)] == [
+        "a;b.jpg", "new\nline.jpg", "plain.jpg", 't\tb "x".jpg',
+    ]  # fmt: skip
+    assert list(read_key_list(write(tmp_path / "none.csv", b"Key\r\n"), photos)) == []
+
+
 def test_lists_that_cannot_be_used_are_refused(tmp_path: Path, photos: LocalStorage) -> None:
     def refused(data: bytes | pa.Table, name: str, message: str) -> None:
         file = write(tmp_path / name, data)

@@ -21,6 +21,7 @@ from jobs import pack_dataset
 from jobs.pack_dataset import PackDataset
 from restore_core import lease, storage
 from restore_core.errors import ItemError, StorageError, UsageError
+from restore_core.key_list import read_key_list
 from restore_core.lease import Lease
 from restore_core.manifest import Ledger, Row
 from restore_core.sources import count_split
@@ -262,6 +263,23 @@ def test_a_read_that_never_works_ends(proxy: FaultProxy, moto_client: "S3Client"
         with proxy.injecting(Fault(kind=kind, method="GET")):
             message = fails("read", place.read_version, item)
         assert message == "cannot read s3://photos/in/000.jpg: 500 bytes came of 1000 that are listed"
+
+
+@pytest.mark.parametrize("kind", ["truncated", "short"])
+def test_a_list_of_keys_that_is_cut_short_leaves_nothing_out(
+    proxy: FaultProxy, moto_client: "S3Client", impatient: None, kind: Kind
+) -> None:
+    files = filled(moto_client, 9)
+    moto_client.put_object(Bucket="photos", Key="list.txt", Body="".join(f"{key}\n" for key in files).encode())
+    place = open_storage("s3://photos/in/")
+    with proxy.injecting(Fault(kind=kind, method="GET", key="photos/list.txt", times=2)):
+        assert [item.key for item in read_key_list("s3://photos/list.txt", place)] == list(files)
+        assert proxy.injected == {kind: 2}
+    with (
+        proxy.injecting(Fault(kind=kind, method="GET", key="photos/list.txt")),
+        pytest.raises(UsageError, match=r"^--keys s3://photos/list.txt: cannot read s3://photos/list.txt: "),
+    ):
+        list(read_key_list("s3://photos/list.txt", place))
 
 
 @pytest.mark.parametrize("kind", [SLOW_DOWN, "error", "refused"])

@@ -549,6 +549,18 @@ def test_jpeg_2000_without_loss_stays_without(mode: str, container: bool) -> Non
     assert np.array_equal(decode(without_metadata(source, picture=decode(source))).pixels, decode(source).pixels)
 
 
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_jpeg_2000_with_loss_keeps_its_alpha(mode: str) -> None:
+    values = np.dstack([smooth(120, 160), smooth(120, 160)[..., 1]])
+    image = Image.fromarray(values).convert(mode)
+    source = saved(image, "JPEG2000", irreversible=True, quality_mode="rates", quality_layers=[20])
+    assert not np.array_equal(np.asarray(opened(source)), np.asarray(image)), "it was to lose something"
+    before, after = decode(source), decode(changed(source))
+    assert before.alpha is not None and after.alpha is not None
+    assert len(np.unique(before.alpha)) > 50
+    assert np.array_equal(after.alpha, before.alpha)
+
+
 def test_jpeg_2000_with_loss_loses_nothing_that_is_seen() -> None:
     source = saved(
         Image.fromarray(smooth(120, 160)), "JPEG2000", irreversible=True, quality_mode="rates", quality_layers=[20]

@@ -639,8 +639,8 @@ def _gif_comment(original: ImageFile.ImageFile, strip: bool) -> dict[str, object
 
 
 def _encode_jpeg2000(image: Image.Image, source: bytes, strip: bool) -> bytes:
-    """Lossless where the source may have been, else far above what can be seen."""
-    reversible = jpeg2000.is_reversible(source)
+    """Lossless where the source may have been, or has alpha, which stays as it is; else far above what can be seen."""
+    reversible = jpeg2000.is_reversible(source) or "A" in image.mode
     options: dict[str, object] = {} if reversible else {"quality_mode": "dB", "quality_layers": [60]}
     new = _saved(
         image, "JPEG2000", no_jp2=True, irreversible=not reversible, mct=int(image.mode.startswith("RGB")), **options

@@ -55,6 +55,8 @@ LOST_ROW = "working on it failed twice, the second time on this object alone: a 
 LOST_ROW_GROUP = "working on its row group failed twice: one of the images there crashes or hangs, or see the log above"
 INTERRUPTED = "interrupted; the same command goes on from here"
 NO_RETRY = Retry()
+SAMPLE_SIDE = 320
+"""Of the pictures on the page, pixels."""
 RESULT_OPTIONS = ("strip_metadata", "repair", "self_ensemble")
 """Options that decide what a restored file looks like; with another value it is done again."""
 
@@ -108,7 +110,7 @@ class Summary:
     stopped: str | None
     """Why it ended before all was done; those left out have no row yet, or an old one."""
     samples: list[tuple[Row, bytes, bytes]]
-    """Some restored photographs: row, input file, output file."""
+    """Some restored photographs: the row, and small JPEGs of what they were and are."""
 
     @property
     def failed_share(self) -> float:
@@ -589,13 +591,12 @@ def _plan(
     actors = _actors(options, device)
     cpus, _ = cluster.resources()
     separate = actors.device == "cuda" and not parquet
-    most = cluster.cpus_per_node() if actors.device == "cuda" else cpus
     run = RestoreRun(
         input=input,
         output=output,
         model=model,
         device=actors.device,
-        threads=1 if separate else max(1, min(cpus // actors.count, most)),
+        threads=1 if separate else max(actors.cpus, min(cpus // actors.count, cluster.cpus_per_node())),
         max_pixels=options.max_pixels
         or cluster.pixel_budget(actors.device, actors.count if actors.device == "cpu" else cpus, cpus_each=actors.cpus),
         strip_metadata=options.strip_metadata,
@@ -656,10 +657,11 @@ def _samples(
     for row in rows:
         # Deleted or damaged in the meantime, say: then the page has one picture less.
         with contextlib.suppress(ItemError, OSError, pa.ArrowInvalid):
-            pair = _read_pair(row, input, output, groups)
-            for file in pair:
-                codec.decode(file)
-            samples.append((row, *pair))
+            before, after = (
+                codec.thumbnail_jpeg(codec.decode(file).shown, SAMPLE_SIDE)
+                for file in _read_pair(row, input, output, groups)
+            )
+            samples.append((row, before, after))
     return samples
 
 

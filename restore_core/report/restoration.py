@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from restore_core import codec
 from restore_core.manifest import Overview, Row
 
 
@@ -21,7 +20,7 @@ def restore_page(
     Args:
         overview: of everything listed.
         record: what run.json holds.
-        samples: rows of restored photographs with their input and output files.
+        samples: rows of restored photographs, and JPEGs of what they were and are.
     """
     import jinja2
 
@@ -46,8 +45,8 @@ def restore_page(
             {
                 "key": row.key,
                 "caption": f"{row.format} {row.width} x {row.height}, mean change {row.change:.1f} of 255",
-                "before": _thumbnail(before),
-                "after": _thumbnail(after),
+                "before": _data_uri(before, "jpeg"),
+                "after": _data_uri(after, "jpeg"),
             }
             for row, before, after in samples
         ],
@@ -68,10 +67,6 @@ def _change_plot(changes: "array[float]") -> bytes:
     sink = io.BytesIO()
     figure.savefig(sink, format="png", dpi=100)
     return sink.getvalue()
-
-
-def _thumbnail(file: bytes) -> str:
-    return _data_uri(codec.thumbnail_jpeg(codec.decode(file).pixels, 320), "jpeg")
 
 
 def _data_uri(data: bytes, kind: str) -> str:

@@ -27,7 +27,9 @@ def run(main: Callable[[Options], int], options: type[Options]) -> int:
     try:
         return main(_parsed(options, sys.modules[main.__module__].__doc__))
     except (UsageError, StorageError) as error:
-        return _unusable(str(error))
+        # What was raised in a worker is the cause of Ray's error, which is a traceback; Ray adds lines of advice to it.
+        cause = getattr(error, "cause", None)
+        return _unusable(str(error) if cause is None else str(cause).partition("\n")[0])
     except ItemError as error:  # of a file that the whole job needs, such as its report
         return _unusable(error.message)
     except KeyboardInterrupt:

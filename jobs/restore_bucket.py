@@ -5,7 +5,11 @@ Outputs keep the inputs' names and formats. OUTPUT/_restore holds the ledger (ma
 object), run.json and report.html. Started again, it does only what is missing or has changed.
 """
 
+import itertools
+import logging
+import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,7 +20,12 @@ from jobs import command_line
 from restore_core.config import Precision, parse_repair, require
 from restore_core.errors import UsageError
 
+logger = logging.getLogger(__name__)
+
 REPORT_FILE = "_restore/report.html"
+FEW_FILES, IO_THREADS = 1000, 16
+"""Of an output that holds more than so many files of others, and no ledger, the input is listed before the work; else
+the input is asked for each of those names, so many at once."""
 
 if TYPE_CHECKING:
     from restore_core.storage import Storage
@@ -83,13 +92,31 @@ class RestoreBucket:
 
 
 def in_the_way(source: "Storage", output: "Storage") -> str | None:
-    """A key of the input that the output has before the first restore into it; looked for only where it has any."""
+    """What the output has, before the first restore into it, in the place of something that would be written."""
     from restore_core import manifest
+    from restore_core.errors import ItemError
 
-    if next(iter(output.list(f"{manifest.FOLDER}/")), None) is not None or next(iter(output.list()), None) is None:
+    def would_be_written(key: str) -> bool:
+        names = {key, re.sub(r"-\d{5,}\.parquet$", ".parquet", key)}  # as a row group's output is named
+        try:
+            return any(source.exists(name) for name in names if source.only in (None, name))
+        except ItemError:  # it is there, but may not be looked at
+            return True
+
+    if next(iter(output.list(f"{manifest.FOLDER}/")), None) is not None:
         return None
-    there = manifest.Sorted(((item.key, True) for item in output.list()), "the output's listing")
-    return next((item.key for item in source.list(unreadable=True) if there.get(item.key)), None)
+    found = (item.key for item in output.list())
+    few = list(itertools.islice(found, FEW_FILES))
+    with ThreadPoolExecutor(IO_THREADS) as pool:
+        for key, written in zip(few, pool.map(would_be_written, few), strict=True):
+            if written:
+                return key
+    first = next(found, None)
+    if first is None:
+        return None
+    logger.info("the output has many files and no restore's: its names are held against the input's first")
+    there = manifest.Sorted(((key, True) for key in itertools.chain([first], found)), "the output's listing")
+    return next((item.key for item in source.list(after=few[-1], unreadable=True) if there.get(item.key)), None)
 
 
 def main(job: RestoreBucket) -> int:

@@ -1,5 +1,6 @@
 """The restore job on a real local Ray and a real S3 server: every object is accounted for, whatever happens."""
 
+import base64
 import hashlib
 import io
 import json
@@ -312,6 +313,17 @@ def test_the_record_and_the_report_close(tree: tuple[Path, Path], small_model: M
         assert f"<td>{error}</td>" in page
 
 
+def test_the_page_shows_pictures_the_way_up_that_viewers_do(tree: tuple[Path, Path]) -> None:
+    page = (tree[1] / "_restore/report.html").read_text()
+    assert "of a list" not in page
+    pictures = {
+        key: [Image.open(io.BytesIO(base64.b64decode(data))).size for data in re.findall(r'base64,([^"]+)"', figure)]
+        for figure in re.findall(r"<figure>.*?</figure>", page, re.DOTALL)
+        for key in re.findall(r"turned/[5-8][.]\w+", figure)
+    }
+    assert pictures and all(sizes == [(30, 22)] * 2 for sizes in pictures.values()), pictures
+
+
 def test_keys_cannot_inject_html(tree: tuple[Path, Path]) -> None:
     """As an example of a failure, as the caption of a sample and as the name of the input."""
     page = (tree[1] / "_restore/report.html").read_text()
@@ -606,6 +618,7 @@ def test_only_the_listed_keys_are_restored(tmp_path: Path, run: Run, tree: tuple
     noted.append([Row(key="a", size=1, etag="e", model="", options="", run_id="interrupted")])
     assert run(tree[0], output, keys=str(tmp_path / "list")) == 0
     assert len(noted.latest()) == 1
+    assert "photographs of a list" in (output / "_restore/report.html").read_text()
     rows = assert_closed(output, set(names))
     assert {key: row.error for key, row in rows.items() if row.error} == {
         "gone.jpg": "vanished", "../outside.jpg": "read",
@@ -1517,16 +1530,32 @@ def test_the_job_can_be_called_from_python() -> None:
 # --- What would do harm --------------------------------------------------------------------------------------------
 
 
-def test_files_of_others_in_the_output_are_not_written_over(tmp_path: Path, run: Run) -> None:
+def test_files_of_others_in_the_output_are_not_written_over(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = write_tree(tmp_path / "in", {"a.png": encoded(photograph(20, 24, 1), "PNG")})
     output = write_tree(tmp_path / "out", {"a.png": b"an original", "Z.txt": b"notes", "z.txt": b"notes"})
     with pytest.raises(UsageError, match=r"^--output .*: has a file 'a.png' that no restore has made, and "):
         run(source, output)
     assert files_of(output) == {"a.png": b"an original", "Z.txt": b"notes", "z.txt": b"notes"}
+    monkeypatch.setattr(restore_bucket, "FEW_FILES", 1)
+    (output / "Y.txt").write_bytes(b"notes")
+    with pytest.raises(UsageError, match=r"^--output .*: has a file 'a.png' that no restore has made, and "):
+        run(source, output)
     (output / "a.png").unlink()
     assert run(source, output) == 0  # beside others
     assert run(source, output) == 0
-    assert files_of(output).keys() == {"a.png", "Z.txt", "z.txt"}
+    assert files_of(output).keys() == {"a.png", "Y.txt", "Z.txt", "z.txt"}
+
+
+def test_nor_are_those_in_the_place_of_a_shard(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "in").mkdir()
+    table = pa.table({"image": [encoded(photograph(20, 24, seed)) for seed in range(4)]})
+    pq.write_table(table, tmp_path / "in/a.parquet", row_group_size=2)
+    output = write_tree(tmp_path / "out", {"a-00001.parquet": b"an original"})
+    with pytest.raises(UsageError, match=r"^--output .*: has a file 'a-00001.parquet' that no restore has made, and "):
+        run(tmp_path / "in", output)
+    assert files_of(output) == {"a-00001.parquet": b"an original"}
 
 
 def test_a_list_of_keys_needs_a_folder(tmp_path: Path, run: Run) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from photos import encoded, write_tree
 
-from jobs import restore_bucket, verify_bucket
+from jobs import command_line, restore_bucket, verify_bucket
 from jobs.restore_bucket import RestoreBucket
 from jobs.verify_bucket import VerifyBucket
 from restore_core.errors import ItemError, StorageError, UsageError
@@ -110,6 +112,26 @@ def test_a_bucket(s3: str, moto_client: "S3Client", tmp_path: Path, restore: Res
         ("missing", "album/3 é&.png"),
         ("changed", "album/4 é&.png"),
     }
+
+
+def test_a_storage_that_fails_in_a_worker_is_one_line(
+    tmp_path: Path, restore: Restore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not one changed output."""
+    source, output = write_tree(tmp_path / "in", FILES), tmp_path / "out"
+    assert restore(source, output) == 0
+
+    class Unreachable(LocalStorage):  # of this function, so that Ray carries it to its workers
+        def read(self, key: str) -> bytes:
+            raise ItemError("read", f"cannot read {key}: no network", others_too=True)
+
+    monkeypatch.setattr("restore_core.storage.open_storage", lambda uri, **_: Unreachable(Path(uri)))
+    monkeypatch.setattr(sys, "argv", ["verify_bucket.py", "--input", str(source), "--output", str(output)])
+    capsys.readouterr()
+    assert command_line.run(verify_bucket.main, VerifyBucket) == command_line.UNUSABLE
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"error: cannot read album/\d é&.png: no network\n", err), err
+    assert out == ""
 
 
 @pytest.mark.parametrize("keyed", [True, False])

@@ -43,8 +43,9 @@ MOST_BYTES, SLACK_BYTES = 8, 2**28
 """A file of more bytes than so many a pixel (RGBA of 16 bits, not compressed) and some for what comes with a picture,
 such as a film, is not read: whatever it is, it would fill the memory."""
 OTHERS_LEFT_OUT = "the others are left out"
-STAGE_SECONDS = 900
-"""Longer than a unit's files may take to be fetched and decoded, or encoded and written, retries included."""
+STAGE_SECONDS, ITEM_SECONDS = 1800, 120
+"""Longer than a unit's files may take to be fetched and decoded, or encoded and written, retries included: all, and
+more for each, since files that hang do so one after the other where there are fewer codec processes."""
 IDLE_BYTES = 3 * 2**29
 """After large pictures what the network took is given back: it would be in the encoder's way. After others it is kept,
 until so much lies unused: pictures that all differ in size leave gaps that fit no other. 2**20 pixels through `faces`
@@ -418,10 +419,11 @@ def _restore_part(
 def each(pool: Executor, function: Callable[[Argument], Result], items: list[Argument]) -> list[Result]:
     """Call `function` on all items at once: Pillow and the network release the interpreter.
 
-    What hangs cannot be stopped from within (codecs have processes of their own), so after `STAGE_SECONDS` the process
-    shows where it is and ends; Ray starts another, and the item is found out as one that crashes is.
+    What hangs cannot be stopped from within (codecs have processes of their own), so after `STAGE_SECONDS` and
+    `ITEM_SECONDS` for each item the process shows where it is and ends; Ray starts another, and the item is found out
+    as one that crashes is.
     """
-    faulthandler.dump_traceback_later(STAGE_SECONDS, exit=True)
+    faulthandler.dump_traceback_later(STAGE_SECONDS + ITEM_SECONDS * len(items), exit=True)
     try:
         return list(pool.map(function, items))
     finally:

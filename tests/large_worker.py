@@ -1,4 +1,5 @@
-"""What a worker does with the files of a folder, one after the other, with its memory after each as a line of JSON.
+"""What a worker does with the files of a folder, one after the other, with its memory after each as a line of JSON
+(and the most of it and its codec process together meanwhile).
 
     python tests/large_worker.py INPUT OUTPUT MODEL [MEGABYTES]
 
@@ -9,6 +10,8 @@ without oneDNN, which was seen to crash the process (torch 2.13) where one of it
 import json
 import resource
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,6 +35,33 @@ def memory() -> dict[str, float]:
     return found
 
 
+class Together(threading.Thread):
+    """Looks at the megabytes resident in this process and its codec process, again and again."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most = 0.0
+
+    def run(self) -> None:
+        while True:
+            self.most = max(self.most, sum(map(resident, ["self", *children()])))
+            time.sleep(0.02)
+
+
+def children() -> list[str]:
+    try:
+        return " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children")).split()
+    except OSError:  # a thread has ended
+        return []
+
+
+def resident(process: str) -> float:
+    try:
+        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    except (OSError, IndexError):  # it has ended
+        return 0.0
+
+
 def main(source: Path, output: Path, model: str, megabytes: str = "") -> None:
     torch.set_num_threads(1)
     torch.backends.mkldnn.enabled = not megabytes
@@ -45,6 +75,8 @@ def main(source: Path, output: Path, model: str, megabytes: str = "") -> None:
         max_pixels=2**30,
         strip_metadata=False,
     )
+    together = Together()
+    together.start()
     restorer = run.restorer()
     restorer([np.zeros((32, 32, 3), np.uint8)])
     with ThreadPoolExecutor(1) as pool, codec.Processes(1, run.max_pixels) as codecs:
@@ -57,7 +89,8 @@ def main(source: Path, output: Path, model: str, megabytes: str = "") -> None:
             (row,) = stages.restore_objects([row], run, restorer, pool, codecs)
             line = {"key": row.key, "status": row.status, "error": row.error, "message": row.message}
             line |= {"change": row.change, "seconds": row.seconds, "idle": idle() / 2**20}
-            print(json.dumps({**line, **memory()}), flush=True)
+            print(json.dumps({**line, **memory(), "together": together.most}), flush=True)
+            together.most = 0.0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ On tiny photographs, so that what is tested is the account and not the network.
 """
 
 import hashlib
+import json
 import math
 import random
 import time
@@ -176,6 +177,14 @@ def test_a_driver_that_is_killed_around_an_append(
         assert recorded <= written
         if moment == "before":
             assert len(written - recorded) >= FEW_FLUSH
+            processes.wait_until_gone()  # else its workers may still write
+            written = outputs(output).keys()
+            proof = VerifyBucket(input=str(few), output=str(output), report=tmp_path / "report.json")
+            assert verify_bucket.main(proof) == 1
+            found = json.loads((tmp_path / "report.json").read_text())["findings"]
+            expected_findings = {("unaccounted", key) for key in images(FEW).keys() - recorded}
+            expected_findings |= {("extra", key) for key in written - recorded}
+            assert {(one["finding"], one["key"]) for one in found} == expected_findings
         expected, changed = {key: restored[key] for key in images(FEW)}, set()
         if moment == "after":  # and before the next run two objects change of which there is a row
             for key, other in zip(sorted(recorded)[:2], sorted(restored)[FEW:], strict=True):

@@ -574,6 +574,24 @@ def test_waves_make_no_difference(
     assert json.loads((output / "_restore/run.json").read_text())["already_done"] == len(TREE) - 1
 
 
+def test_the_work_begins_before_the_listing_ends(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_tree(tmp_path / "in", {f"{index}.png": GOOD["one pixel.png"] for index in range(6)})
+    output = tmp_path / "out"
+    listed, written = LocalStorage.list, []
+
+    def slow(self: LocalStorage, *arguments: Any, **options: Any) -> Iterator[Object]:
+        for item in listed(self, *arguments, **options):
+            if self.root == source:
+                time.sleep(0.6)
+                written.append(len(files_of(output)))
+            yield item
+
+    monkeypatch.setattr(LocalStorage, "list", slow)
+    assert run(source, output) == 0
+    assert written[0] == 0 and 0 < written[-1] < 6
+    assert_closed(output, {f"{index}.png" for index in range(6)})
+
+
 def test_an_output_that_was_begun_with_other_options_is_not_believed(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

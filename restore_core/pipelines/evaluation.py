@@ -266,14 +266,14 @@ def _decoded(data: Storage, keys: Iterable[str]) -> Iterator[Row]:
 
 
 def _worst(plan: Plan, data: Storage, split: str, images: int, rows: list[Row]) -> list[Worst]:
-    """The samples with which the first model fell furthest behind its mean for that damage and size."""
+    """The damaged samples with which the first model fell furthest behind its mean for that damage and size."""
     first = plan.models[0].name
     cells: dict[tuple[int, str], list[Row]] = defaultdict(list)
     for row in rows:
         if row["method"] == first:
             cells[row["size"], row["damage"]].append(row)
-    behind = [
-        (row["psnr"] - float(np.mean([other["psnr"] for other in cell])), row)
+    behind = [  # clean ones last: where one that is copied counts 100 dB, another is far behind
+        ((not STANDARD[row["damage"]], row["psnr"] - float(np.mean([other["psnr"] for other in cell]))), row)
         for cell in cells.values()
         for row in cell
     ]

@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 
 from benchmarks import corpora
 from benchmarks.contestants import BY_HAND, CORES, Name
+from benchmarks.page import ratios
 from jobs import command_line
 from restore_core import checkpoint, manifest, provenance
 from restore_core.config import Precision, require
@@ -40,8 +41,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL_FLOORS = "model only", "model only, compiled", "model only, pool"
 FLOORS = "codec only", *MODEL_FLOORS
 KINDS = {
-    "driver": "restore_bucket.py", "worker": "RestoreUnit", "codec": "restore_core.codec", "raylet": "raylet",
-    "control": "gcs_server",
+    "driver": ("restore_bucket.py",), "worker": ("RestoreUnit", "RestoreItems", "decode_unit", "write_items"),
+    "codec": ("restore_core.codec",), "raylet": ("raylet",), "control": ("gcs_server",),
 }  # fmt: skip
 """Processes of a job, by what their command lines hold."""
 
@@ -92,7 +93,7 @@ def processes_of(mark: bytes) -> dict[Path, str]:
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:  # it has ended
             continue
-        if kind := next((kind for kind, text in KINDS.items() if text in command), None):
+        if kind := next((kind for kind, texts in KINDS.items() if any(text in command for text in texts)), None):
             found[folder] = kind
     return found
 
@@ -128,15 +129,14 @@ class Watch(threading.Thread):
 
 def contestant(name: Name, job: RestoreSpeed, source: Path, target: Path) -> float:
     """Images per second, its loading not counted."""
-    # The floors with the allocator's settings that are best for torch.
-    settings = cluster.WORKER_MEMORY if name in FLOORS else {}
     done = subprocess.run(  # noqa: S603
         [
             sys.executable, "benchmarks/contestants.py", "--name", name, "--input", source, "--output", target,
             "--model", job.model, "--precision", job.precision, "--batch-size", str(job.batch_size),
             "--device", job.device,
         ],
-        cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, check=False,
+        cwd=ROOT, env={**os.environ, **cluster.WORKER_MEMORY},  # the allocator's settings that are best for torch
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"{name}: {done.stderr[-3000:]}")
@@ -156,8 +156,8 @@ class Measured:
     """Images per second, by their pixels, once each worker has finished what it began with."""
     memory: dict[str, int]
     """Most of each kind of process, MB."""
-    passed: float
-    """Bytes an image between Ray's processes."""
+    passed: float | None
+    """Bytes an image between Ray's processes, by what they are given; in the plan for GPUs not counted."""
     busy: float | None
     """Of the GPU, percent: the median of the time in which it was at work at all."""
 
@@ -194,7 +194,7 @@ def the_job(job: RestoreSpeed, source: Path, target: Path) -> Measured:
         whole=len(times) / seconds,
         steady=steady,
         memory={kind: round(watch.most[kind]) for kind in KINDS if kind in watch.most},
-        passed=between_processes(rows, job.batch_size),
+        passed=between_processes(rows, job.batch_size) if job.device == "cpu" else None,
         busy=statistics.median(filter(None, watch.busy)) if any(watch.busy) else None,
     )
 
@@ -240,9 +240,6 @@ def main(job: RestoreSpeed) -> int:
                 rates.setdefault(name, []).append(measured)
             print(name, measured, flush=True)
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    steady = medians["job, steady state"]
-    codec, model = medians["codec only"], max(medians[name] for name in MODEL_FLOORS if name in medians)
-    other = max(medians[name] for name in job.contestants if name not in FLOORS)
     result = {
         **provenance.record(),
         "corpus": corpora.CORPORA[job.corpus].title,
@@ -255,19 +252,18 @@ def main(job: RestoreSpeed) -> int:
         "precision": job.precision,
         "images_per_second": {name: round(rate, 3) for name, rate in medians.items()},
         "first_image_seconds": round(statistics.median(run.first for run in runs), 2),
-        "memory_mb": {kind: max(run.memory.get(kind, 0) for run in runs) for kind in runs[0].memory},
-        "object_store_bytes_per_image": round(runs[-1].passed),
-        "ratios": {
-            "of the slower floor": round(steady / min(model, codec), 3),
-            # On CPUs both take their time from the same cores.
-            **({"of both floors": round(steady * (1 / model + 1 / codec), 3)} if job.device == "cpu" else {}),
-            "of the fastest other": round(steady / other, 3),
+        "memory_mb": {
+            kind: max(run.memory.get(kind, 0) for run in runs) for kind in KINDS if any(kind in r.memory for r in runs)
         },
+        "object_store_bytes_per_image": None if runs[-1].passed is None else round(runs[-1].passed),
+        "ratios": ratios(rates, job.device),
         "rounds": rates,
     }
     if job.dollars_per_hour is not None:
         result["dollars_per_hour"] = job.dollars_per_hour
-        result["dollars_per_million_images"] = round(job.dollars_per_hour / 3600 * 1e6 / steady, 2)
+        result["dollars_per_million_images"] = round(
+            job.dollars_per_hour / 3600 * 1e6 / medians["job, steady state"], 2
+        )
     job.output.parent.mkdir(parents=True, exist_ok=True)
     job.output.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({name: result[name] for name in ("images_per_second", "ratios", "memory_mb")}, indent=2))

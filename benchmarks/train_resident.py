@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from restore_core import checkpoint, provenance
 from restore_core.config import PRESETS, Phase, TrainConfig
@@ -48,8 +48,9 @@ def read(folder: Path, split: str, most: int | None = None) -> Photographs:
 
     def decode(row: dict[str, bytes]) -> np.ndarray:
         with Image.open(io.BytesIO(row["image"])) as image:
-            image.thumbnail((canvas, canvas), Image.Resampling.LANCZOS)
-            return np.asarray(image.convert("RGB"))
+            upright = ImageOps.exif_transpose(image)
+            upright.thumbnail((canvas, canvas), Image.Resampling.LANCZOS)
+            return np.asarray(upright.convert("RGB"))
 
     with ThreadPoolExecutor() as pool:
         pixels = list(pool.map(decode, rows))

@@ -89,14 +89,16 @@ class Measured:
 def the_job(job: TrainingSpeed) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         started = time.time()
-        subprocess.run(  # noqa: S603
+        done = subprocess.run(  # noqa: S603
             [
                 sys.executable, "jobs/train.py", "--data", job.data, "--storage", folder, "--name", "speed",
                 "--preset", job.preset, "--schedule", f"{job.size}:{1 + job.epochs}", "--device", job.device,
                 "--workers", str(job.workers),
             ],
-            cwd=ROOT, check=True, capture_output=True,
+            cwd=ROOT, capture_output=True, text=True, check=False,
         )  # fmt: skip
+        if done.returncode:
+            raise SystemExit(f"the job: {done.stderr[-3000:]}")
         whole = time.time() - started
         with (Path(folder) / "speed/metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
@@ -128,8 +130,10 @@ def main(job: TrainingSpeed) -> int:
                         "--size", str(job.size), "--epochs", str(job.epochs), "--images", str(job.images),
                         "--device", job.device, "--output", job.output,
                     ],
-                    env={**os.environ, **KEEP_MEMORY}, capture_output=True, text=True, check=True,
+                    env={**os.environ, **KEEP_MEMORY}, capture_output=True, text=True, check=False,
                 )  # fmt: skip
+                if done.returncode:
+                    raise SystemExit(f"the bare loop: {done.stderr[-3000:]}")
                 bare.append(float(done.stdout.split()[-1]))
         print(runs[-1], f"bare loop {bare[-1]:.1f}", flush=True)
     whole = [run.rate for run in runs]

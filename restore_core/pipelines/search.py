@@ -77,10 +77,10 @@ def run(study: Study, *, parallel: int | None, device: cluster.Device) -> tuple[
     cluster.connect(env_vars=cluster.KEEP_MEMORY)
     cuda = cluster.pick_device(device) == "cuda"
     cpus, gpus = cluster.resources()
-    count = trials_at_once(parallel, len(study.trials), cpus=cpus, gpus=gpus if cuda else None)
+    left = [name for name in study.trials if not is_finished(study, name)]
+    count = trials_at_once(parallel, max(1, len(left)), cpus=cpus, gpus=gpus if cuda else None)
     threads = max(1, min(cpus // count, cluster.cpus_per_node()))
     study.folder.write(OPTIONS_FILE, json.dumps(options(study), indent=2).encode())
-    left = [name for name in study.trials if not is_finished(study, name)]
     failures = _fit(study, left, count, threads, cuda) if left else {}
     outcomes = {}
     for name in study.trials:

@@ -116,7 +116,7 @@ def in_the_way(source: "Storage", output: "Storage") -> str | None:
         return None
     logger.info("the output has many files and no restore's: its names are held against the input's first")
     there = manifest.Sorted(((key, True) for key in itertools.chain([first], found)), "the output's listing")
-    return next((item.key for item in source.list(after=few[-1], unreadable=True) if there.get(item.key)), None)
+    return next((item.key for item in source.list(after=few[-1], unreadable=True) if item.key in there), None)
 
 
 def main(job: RestoreBucket) -> int:

@@ -69,15 +69,8 @@ class Train:
         if self.learning_rate is not None:
             optimizer = dataclasses.replace(config.optimizer, learning_rate=self.learning_rate)
             config = dataclasses.replace(config, optimizer=optimizer)
-        if self.batch_size is not None:
-            config = dataclasses.replace(config, batch_size=self.batch_size)
-        if self.seed is not None:
-            config = dataclasses.replace(config, seed=self.seed)
-        if self.step_pixels is not None:
-            config = dataclasses.replace(config, step_pixels=self.step_pixels)
-        if self.precision is not None:
-            config = dataclasses.replace(config, precision=self.precision)
-        return config
+        chosen = {name: getattr(self, name) for name in ("batch_size", "seed", "step_pixels", "precision")}
+        return dataclasses.replace(config, **{name: value for name, value in chosen.items() if value is not None})
 
 
 def main(job: Train) -> int:

@@ -36,7 +36,7 @@ def record() -> dict[str, object]:
     return {
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit(),
-        "date": today(),
+        "date": datetime.now(UTC).date().isoformat(),
         "hardware": cpu(),
         "versions": versions(),
     }
@@ -61,7 +61,3 @@ def cpu() -> str:
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     return f"{os.cpu_count()} cores {name}"
-
-
-def today() -> str:
-    return datetime.now(UTC).date().isoformat()

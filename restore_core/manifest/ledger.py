@@ -5,6 +5,7 @@ them are made one, and of those again a few, and all at the run's end. Where a k
 attempt counts; so a crash between any two steps costs nothing.
 """
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +48,7 @@ class Ledger:
         self._files = output.child(f"{FOLDER}/{folder}")
         self._folder = folder
         self._run_id = run_id
-        self._written = 0
+        self._numbers = itertools.count()
         self._streams: list[set[str]] = []
         """Names of what this run has appended, of what that became, and so on; each time less than `SMALL_FILES`."""
 
@@ -105,11 +106,7 @@ class Ledger:
         return list(streams.values())
 
     def _generation(self) -> str:
-        return f"{self._run_id}-{self._next():06d}"
-
-    def _next(self) -> int:
-        self._written += 1
-        return self._written - 1
+        return f"{self._run_id}-{next(self._numbers):06d}"
 
     def _rows(self, streams: list[list[Object]], columns: Sequence[str]) -> Iterator[pa.Table]:
         needed = list(dict.fromkeys([*columns, "key", *_ORDER]))

@@ -1,9 +1,8 @@
 """Listing minus ledger: what is left to do."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar, get_args
+from collections.abc import Callable, Container, Iterable, Iterator
+from typing import Any, Generic, NamedTuple, TypeVar, get_args
 
 import pyarrow as pa
 
@@ -20,26 +19,19 @@ COLUMNS = (
 """Of the ledger's rows, what is looked at again in a later run."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Retry:
-    """Which failed rows are tried again: none, those of some classes, or all."""
+def parse_retry(text: str | None) -> frozenset[str]:
+    """The classes of failed rows that are tried again: `None` -> none, `"all"` -> all, `"read,denied"` -> those.
 
-    classes: frozenset[str] = frozenset()
-
-    def wants(self, error: str | None) -> bool:
-        return error in self.classes
-
-
-def parse_retry(text: str | None) -> Retry:
-    """`None` -> nothing, `"all"` -> every class, `"read,denied"` -> those. Raises UsageError."""
+    Raises UsageError.
+    """
     known = get_args(ErrorClass)
     if text is None:
-        return Retry()
+        return frozenset()
     classes = known if text == "all" else tuple(part for part in re.split(r"[,\s]+", text) if part)
     for name in classes or ("''",):
         if name not in known:
             raise UsageError(f"--retry-failed {name}: no such class of failures; use all or some of {', '.join(known)}")
-    return Retry(classes=frozenset(classes))
+    return frozenset(classes)
 
 
 class Sorted(Generic[Value]):
@@ -56,6 +48,9 @@ class Sorted(Generic[Value]):
         while self._head is not None and self._head[0] < key:
             self._head = next(self._pairs, None)
         return self._head[1] if self._head is not None and self._head[0] == key else None
+
+    def __contains__(self, key: str) -> bool:
+        return self.get(key) is not None
 
 
 def ascending(pairs: Iterable[tuple[str, Value]], name: str) -> Iterator[tuple[str, Value]]:
@@ -86,7 +81,7 @@ def compare(
     exists: Callable[[str], bool],
     model: str,
     options: str,
-    retry: Retry,
+    retry: Container[str],
     version: Callable[[Object], Object] = lambda item: item,
 ) -> Iterator[Found]:
     """Hold a listing against the ledger. All come in the order of their keys, and little of them is held.
@@ -99,12 +94,13 @@ def compare(
         done: the ledger's latest rows, at least `COLUMNS`.
         begun: of those rows, the ones that were begun again: `key` and the `attempt`.
         exists: tells whether a key is in the output; asked in ascending order.
+        retry: classes of failures that are tried again.
         version: of an object that is another one than its row says: what it is now, where the listing may be old.
 
     Raises StorageError where a listing is not sorted.
     """
     rows = Sorted(((row.key, row) for table in done for row in rows_of(table.select(COLUMNS))), "the ledger")
-    again = Sorted((pair for table in begun for pair in _pairs(table)), "the list of what was begun")
+    again: Sorted[int] = Sorted(values(begun, "key", "attempt"), "the list of what was begun")
     for key, item in ascending(((item.key, item) for item in objects), "the input's listing"):
         row, tries = rows.get(key), again.get(key) or 0
         if row is None:
@@ -114,7 +110,7 @@ def compare(
             item = version(item)
         same = (row.size, row.etag, row.model, row.options) == (item.size, item.etag, model, options)
         if row.status == "failed":
-            finished = not retry.wants(row.error)
+            finished = row.error not in retry
         else:
             finished = row.output_key is not None and exists(row.output_key)
         finished = finished and tries <= row.attempt
@@ -130,10 +126,12 @@ def unanswered(begun: Iterable[pa.Table], done: Iterable[pa.Table]) -> Iterator[
     """
     attempts: Sorted[int] | None = None
     for table in begun:
-        attempts = attempts or Sorted((pair for rows in done for pair in _pairs(rows)), "the ledger")
-        found = ((attempts.get(key), attempt) for key, attempt in _pairs(table))
+        attempts = attempts or Sorted(values(done, "key", "attempt"), "the ledger")
+        found = ((attempts.get(key), attempt) for key, attempt in values([table], "key", "attempt"))
         yield table.filter(pa.array([done is not None and done < attempt for done, attempt in found], pa.bool_()))
 
 
-def _pairs(table: pa.Table) -> Iterator[tuple[str, int]]:
-    return zip(table["key"].to_pylist(), table["attempt"].to_pylist(), strict=True)
+def values(tables: Iterable[pa.Table], *columns: str) -> Iterator[tuple[Any, ...]]:
+    """The rows of tables, of these columns."""
+    for table in tables:
+        yield from zip(*(table[name].to_pylist() for name in columns), strict=True)

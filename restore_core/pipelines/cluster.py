@@ -132,20 +132,16 @@ def _init(dashboard: bool, env_vars: Mapping[str, str]) -> None:
             runtime_env=(settings | ({"env_vars": dict(env_vars)} if env_vars else {})) or None,
         )
         return
+    paths = [str(ROOT), os.environ.get("PYTHONPATH")]
     # Unlike a bare ray.init(), never join some other program's Ray on this machine: it would take ours down with it.
     # Ray 2.60 turns token authentication on by itself for a cluster started here (not so with `ray start`).
     ray.init(
         address="local",
         num_cpus=max(2, len(os.sched_getaffinity(0))),  # with one CPU, a training worker would starve Ray Data
         include_dashboard=dashboard,  # on loopback
-        log_to_driver=True,
         logging_level=logging.WARNING,
-        runtime_env={"env_vars": {**env_vars, "PYTHONPATH": os.pathsep.join([str(ROOT), *_python_path()])}},
+        runtime_env={"env_vars": {**env_vars, "PYTHONPATH": os.pathsep.join(filter(None, paths))}},
     )
-
-
-def _python_path() -> list[str]:
-    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from restore_core.config import KINDS, Kind, Precision
 from restore_core.errors import ItemError, UsageError
 from restore_core.inference import check_repair
 from restore_core.lease import Lease
-from restore_core.manifest import Found, Ledger, Overview, Retry, Row
+from restore_core.manifest import Found, Ledger, Overview, Row
 from restore_core.pipelines import cluster, shards, stages
 from restore_core.pipelines.account import BACKPRESSURE, BACKPRESSURE_KEY, Account, Stopped
 from restore_core.pipelines.listing import Input, Listed, RowGroup, RowGroups, list_input, object_units, row_group_unit
@@ -54,7 +54,6 @@ RUN_FILE = f"{manifest.FOLDER}/run.json"
 LOST_ROW = "working on it failed twice, the second time on this object alone: a crash, a hang, or see the log above"
 LOST_ROW_GROUP = "working on its row group failed twice: one of the images there crashes or hangs, or see the log above"
 INTERRUPTED = "interrupted; the same command goes on from here"
-NO_RETRY = Retry()
 SAMPLE_SIDE = 320
 """Of the pictures on the page, pixels."""
 RESULT_OPTIONS = ("strip_metadata", "repair", "self_ensemble")
@@ -80,7 +79,8 @@ class RestoreOptions:
     precision: Precision = "auto"
     max_change: float | None = None
     """Results that differ more from the input are not written: mean absolute difference, of 255."""
-    retry: Retry = NO_RETRY
+    retry: frozenset[str] = frozenset()
+    """Classes of failures that are tried again."""
     max_failed_share: float = 1.0
     """When more of the objects of this run have failed, it is stopped, but not before `account.VERDICT_ROWS`."""
 
@@ -389,7 +389,7 @@ def _restore(
         "options": {
             **asdict(options),
             "max_pixels": run.max_pixels if run else options.max_pixels,
-            "retry": sorted(options.retry.classes),
+            "retry": sorted(options.retry),
         },
         "model": {"name": model.name, "sha256": model.sha256},
         "versions": provenance.versions(),
@@ -450,7 +450,7 @@ class _Work:
     output: Storage
     model: str
     options: str
-    retry: Retry
+    retry: frozenset[str]
     account: Account
     overview: Overview
     run_id: str
@@ -463,7 +463,7 @@ class _Work:
         exists: Callable[[str], bool]
         if input.groups is None:
             there = manifest.Sorted(((item.key, True) for item in self.output.list()), "the output's listing")
-            exists = lambda key: there.get(key) is not None  # noqa: E731
+            exists = there.__contains__
         else:
             exists = {item.key for item in self.output.list()}.__contains__
         return manifest.compare(

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from restore_core.errors import ItemError
-from restore_core.manifest import Ledger, Row, Sorted
+from restore_core.manifest import Ledger, Row, Sorted, values
 from restore_core.pipelines.listing import RowGroups
 from restore_core.storage import Storage
 
@@ -30,11 +30,11 @@ def left(
     """Tables of rows, sorted by key, each parted: the rows of keys that are no longer in the input and whose output has
     been written over or deleted (it is one of these, or was `begun` again), and all others."""
     listed = Sorted(((item.key, True) for item in groups.objects()), "the input's row groups")
-    again = Sorted((pair for table in begun for pair in _pairs(table, "attempt")), "the list of what was begun")
+    again: Sorted[int] = Sorted(values(begun, "key", "attempt"), "the list of what was begun")
     for table in tables:
         gone = [
-            listed.get(key) is None and (output in shards or (again.get(key) or 0) > attempt)
-            for (key, output), attempt in zip(_pairs(table, "output_key"), table["attempt"].to_pylist(), strict=True)
+            key not in listed and (output in shards or (again.get(key) or 0) > attempt)
+            for key, output, attempt in values([table], "key", "output_key", "attempt")
         ]
         mask = pa.array(gone, pa.bool_())
         yield table.filter(mask), table.filter(pc.invert(mask))
@@ -81,10 +81,6 @@ def keep(notes: Ledger, shards: set[str], run_id: str) -> None:
         notes.append(rows)
     wanted = pa.array(sorted(shards), pa.string())
     notes.merge(lambda tables: (table.filter(pc.is_in(table["key"], wanted)) for table in tables))
-
-
-def _pairs(table: pa.Table, column: str) -> Iterator[tuple[str, str | int | None]]:
-    return zip(table["key"].to_pylist(), table[column].to_pylist(), strict=True)
 
 
 def _files_of(shard: str) -> set[str]:

@@ -16,7 +16,7 @@ import ray.data
 
 from restore_core import manifest, sources
 from restore_core.errors import ItemError, UsageError
-from restore_core.manifest import Ledger, Sorted
+from restore_core.manifest import Ledger, Sorted, values
 from restore_core.pipelines import cluster
 from restore_core.pipelines.listing import Input, RowGroups, list_input
 from restore_core.storage import Object, Storage
@@ -85,7 +85,7 @@ def verify(input: Storage, output: Storage, keys: str | None = None) -> Verifica
 def _of_listing(listing: Input, ledger: Ledger, statuses: Counter[str]) -> Iterator[tuple[Finding, str]]:
     """Every object has a row, of the version that is there now. Counts the rows by their status."""
     columns = ("key", "size", "etag", "status")
-    rows = Sorted(((values[0], values[1:]) for values in _values(ledger, columns)), "the ledger")
+    rows = Sorted(((row[0], row[1:]) for row in values(ledger.rows(columns), *columns)), "the ledger")
     for item in listing.objects:
         row = rows.get(item.key)
         if row is None:
@@ -99,20 +99,15 @@ def _of_listing(listing: Input, ledger: Ledger, statuses: Counter[str]) -> Itera
 
 def _of_files(output: Storage, ledger: Ledger, targets: list[str]) -> Iterator[tuple[Finding, str]]:
     """Nothing else was written. Names on a disk that has no upper case, say, are found by `_of_contents`."""
-    shards, own = set(targets), f"{manifest.FOLDER}/"
-    shards.update(target for key, target in _values(ledger, ("key", "output_key")) if target not in (None, key))
-    files = ((key, True) for key, target in _values(ledger, ("key", "output_key")) if target == key)
+    shards, own, columns = set(targets), f"{manifest.FOLDER}/", ("key", "output_key")
+    shards.update(target for key, target in values(ledger.rows(columns), *columns) if target not in (None, key))
+    files = ((key, True) for key, target in values(ledger.rows(columns), *columns) if target == key)
     known = Sorted(files, "the ledger")
     for item in output.list():
-        if known.get(item.key) is None and item.key not in shards and not item.key.startswith(own):
+        if item.key not in known and item.key not in shards and not item.key.startswith(own):
             yield "extra", item.key
     for key in output.unfinished():
         yield "temporary", key
-
-
-def _values(ledger: Ledger, columns: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
-    for table in ledger.rows(columns):
-        yield from zip(*(table[name].to_pylist() for name in columns), strict=True)
 
 
 def _waves(ledger: Ledger, groups: RowGroups | None) -> Iterator[list[pa.Table]]:

@@ -72,14 +72,14 @@ def data_and_output(data: str, output: str, option: str) -> "tuple[Storage, Stor
 
     Raises UsageError that names --data or `option`.
     """
-    from restore_core.storage import open_storage, overlaps, require_readable, require_writable
+    from restore_core.storage import open_storage, overlaps
 
     source = open_storage(data, option="--data")
-    require_readable(source, "--data")
+    source.check_readable("--data")
     target = open_storage(output, option=option)
     if overlaps(source, target):
         raise UsageError(f"{option} {output}: lies inside --data {source.uri}; choose another place")
-    require_writable(target, option)
+    target.check_writable(option)
     return source, target
 
 

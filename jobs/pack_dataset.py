@@ -47,15 +47,15 @@ class PackDataset:
 def main(job: PackDataset) -> int:
     from restore_core import sources
     from restore_core.pipelines.packing import Splits, pack
-    from restore_core.storage import open_storage, overlaps, require_readable, require_writable
+    from restore_core.storage import open_storage, overlaps
 
     inputs = [open_storage(place, option="--input") for place in job.input]
     output = open_storage(job.output, option="--output")
     for storage in inputs:
-        require_readable(storage, "--input")
+        storage.check_readable("--input")
         if overlaps(storage, output):
             raise UsageError(f"--output {job.output}: lies inside --input {storage.uri}; choose another place")
-    require_writable(output, "--output")
+    output.check_writable("--output")
     lists = {sources.TRAIN: job.train_list, sources.VALIDATION: job.val_list, sources.TEST: job.test_list}
     people = {split: sources.read_list(path, f"--{split}-list") for split, path in lists.items() if path is not None}
     for split, names in people.items():

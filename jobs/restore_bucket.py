@@ -121,18 +121,18 @@ def in_the_way(source: "Storage", output: "Storage") -> str | None:
 
 def main(job: RestoreBucket) -> int:
     from restore_core import checkpoint, manifest
-    from restore_core.storage import open_storage, overlaps, require_readable, require_writable, with_put_options
+    from restore_core.storage import open_storage, overlaps, with_put_options
 
     retry = manifest.parse_retry(job.retry_failed)
     source = open_storage(job.input, option="--input")
-    require_readable(source, "--input")
+    source.check_readable("--input")
     output = open_storage(job.output, option="--output")
     if overlaps(source, output) or overlaps(output, source):
         raise UsageError(f"--output {job.output}: lies inside --input {job.input} or around it; choose another place")
     if job.keys and source.only is not None:
         raise UsageError(f"--input {job.input}: is one file; with --keys name the folder or prefix that they are in")
     output = with_put_options(output, storage_class=job.storage_class, kms_key=job.kms_key)
-    require_writable(output, "--output")
+    output.check_writable("--output")
     if (found := in_the_way(source, output)) is not None:
         raise UsageError(
             f"--output {job.output}: has a file {found!r} that no restore has made, and it would be written over; name "

@@ -40,11 +40,11 @@ class VerifyBucket:
 
 def main(job: VerifyBucket) -> int:
     from restore_core import provenance
-    from restore_core.storage import open_storage, require_readable
+    from restore_core.storage import open_storage
 
     source, output = open_storage(job.input, option="--input"), open_storage(job.output, option="--output")
-    require_readable(source, "--input")
-    require_readable(output, "--output")
+    source.check_readable("--input")
+    output.check_readable("--output")
     if job.report:
         try:
             job.report.open("a").close()  # before the work, not after it

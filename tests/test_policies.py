@@ -113,8 +113,8 @@ def test_the_lease_the_probe_and_the_ledger_need_no_more_than_that(monkeypatch: 
         before = len(aws.requests)
         storage.s3.s3_client.cache_clear()
         source, output = storage.open_storage("s3://photos/raw/"), storage.open_storage("s3://photos/restored/")
-        storage.require_readable(source, "--input")
-        storage.require_writable(output, "--output")
+        source.check_readable("--input")
+        output.check_writable("--output")
         with Lease(output, "_restore/lease.json", "run") as lease:
             lease.check()
             (item,) = source.list()

@@ -30,8 +30,6 @@ from restore_core.storage import (
     Object,
     S3Storage,
     open_storage,
-    require_readable,
-    require_writable,
     with_put_options,
 )
 from restore_core.storage.base import one_line
@@ -194,7 +192,7 @@ def test_a_body_whose_encryption_breaks_is_read_again(
 
 def test_the_probe_is_no_photograph(proxy: FaultProxy, moto_client: "S3Client") -> None:
     moto_client.put_object(Bucket="photos", Key="out/.restore-probe", Body=b"a photograph")
-    require_writable(open_storage("s3://photos/out"), "--output")
+    open_storage("s3://photos/out").check_writable("--output")
     assert stored(moto_client, "out/") == {".restore-probe": b"a photograph"}
 
 
@@ -340,7 +338,7 @@ def test_a_bucket_that_may_not_be_written_is_refused_at_once(proxy: FaultProxy, 
     output = open_storage("s3://photos/out/")
     with proxy.injecting(Fault(kind="denied", method=method)):
         with pytest.raises(UsageError) as caught:
-            require_writable(output, "--output")
+            output.check_writable("--output")
         assert str(caught.value) == f"--output s3://photos/out: {said}; check the credentials and their permissions"
         assert proxy.injected == {"denied": 1}
 
@@ -359,7 +357,7 @@ def test_one_object_that_is_archived_does_not_end_a_packing(
 def test_a_bucket_that_may_not_be_listed_is_refused_at_once(proxy: FaultProxy) -> None:
     with proxy.injecting(Fault(kind="denied", method="LIST")):
         with pytest.raises(UsageError, match="--input s3://photos/raw: access denied, s3:ListBucket is missing; check"):
-            require_readable(S3Storage("photos", "raw"), "--input")
+            S3Storage("photos", "raw").check_readable("--input")
         assert proxy.injected == {"denied": 1}
         with pytest.raises(StorageError, match="cannot list s3://photos/raw: access denied, s3:ListBucket is missing"):
             list(S3Storage("photos", "raw").list())
@@ -369,8 +367,8 @@ def test_the_probe_leaves_nothing_and_bears_faults(proxy: FaultProxy, moto_clien
     moto_client.put_object(Bucket="photos", Key="raw/a.jpg", Body=b"x")
     with proxy.injecting(Fault(kind="error", share=0.5)):
         assert open_storage("s3://photos/raw/a.jpg").only == "a.jpg"
-        require_readable(open_storage("s3://photos/raw/"), "--input")
-        require_writable(open_storage("s3://photos/out/"), "--output")
+        open_storage("s3://photos/raw/").check_readable("--input")
+        open_storage("s3://photos/out/").check_writable("--output")
         assert proxy.injected["error"] > 2
     assert stored(moto_client, "").keys() == {"raw/a.jpg"}
 
@@ -386,7 +384,7 @@ def test_an_expired_token_is_denied_and_named(proxy: FaultProxy, moto_client: "S
         assert message == f"cannot read s3://photos/in/002.jpg: {renew}"
         assert proxy.injected == {"expired": 2}, "looked up once more, and no more"
         with pytest.raises(UsageError, match="the credentials have expired; renew them"):
-            require_writable(place, "--output")
+            place.check_writable("--output")
 
 
 def test_credentials_that_were_renewed_meanwhile_are_found(
@@ -554,7 +552,7 @@ def test_a_ledger_that_cannot_be_read_is_one_line(proxy: FaultProxy, moto_client
 
 def test_every_object_is_put_with_class_and_key(proxy: FaultProxy, moto_client: "S3Client") -> None:
     output = with_put_options(open_storage("s3://photos/out/"), storage_class="STANDARD_IA", kms_key="alias/archive")
-    require_writable(output, "--output")
+    output.check_writable("--output")
     output.write("a.jpg", b"x", "image/jpeg")
     output.child("deep").write("b.jpg", b"x")
     version = output.write_if("lease.json", b"x", None)
@@ -580,7 +578,7 @@ def test_options_of_s3_are_refused_where_they_cannot_work(proxy: FaultProxy, tmp
     assert with_put_options(LocalStorage(tmp_path), storage_class=None, kms_key=None) == LocalStorage(tmp_path)
     wrong = with_put_options(S3Storage("photos"), storage_class="COLD", kms_key=None)
     with pytest.raises(UsageError, match=r"--output s3://photos: cannot put .*check --storage-class and --kms-key"):
-        require_writable(wrong, "--output")
+        wrong.check_writable("--output")
 
 
 def test_an_endpoint_with_a_name_is_asked_by_path_unless_told_otherwise(

@@ -29,8 +29,6 @@ from restore_core.storage import (
     Storage,
     open_storage,
     overlaps,
-    require_readable,
-    require_writable,
 )
 
 if TYPE_CHECKING:
@@ -118,18 +116,18 @@ def test_a_single_file_is_opened_as_a_listing_of_one(root: Storage) -> None:
     root.write("sub/photo.jpg", b"one")
     root.write("sub/photo.jpg2", b"other")
     one = open_storage(root.join("sub/photo.jpg"))
-    require_readable(one, "--input")
+    one.check_readable("--input")
     assert one.only == "photo.jpg" and keys(one) == ["photo.jpg"] and keys(one, "x") == []
     assert one.read("photo.jpg") == b"one"
     assert open_storage(root.join("sub/photo.jpg")).only == "photo.jpg" and open_storage(root.join("sub")).only is None
     with pytest.raises(UsageError, match=r"--output .*sub/photo\.jpg: is an? (file|object); name a"):
-        require_writable(one, "--output")
+        one.check_writable("--output")
 
 
 def test_preflight_accepts_a_good_place_and_creates_nothing(root: Storage) -> None:
     root.write("a.jpg", b"x")
-    require_readable(root, "--input")
-    require_writable(root.child("new/deep"), "--output")
+    root.check_readable("--input")
+    root.child("new/deep").check_writable("--output")
     assert keys(root) == ["a.jpg"]
 
 
@@ -325,10 +323,10 @@ def test_links_that_lead_nowhere_are_no_files(folder: LocalStorage) -> None:
 
 def test_local_preflight_messages(folder: LocalStorage, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^--input .*/nowhere: no such file or folder; check the path$"):
-        require_readable(open_storage(tmp_path / "nowhere"), "--input")
+        open_storage(tmp_path / "nowhere").check_readable("--input")
     folder.write("a.jpg", b"x")
     with pytest.raises(UsageError, match=r"^--output .*/photos/a.jpg/b: .*/photos/a.jpg is a file; name a folder$"):
-        require_writable(open_storage(folder.root / "a.jpg" / "b"), "--output")
+        open_storage(folder.root / "a.jpg" / "b").check_writable("--output")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -346,7 +344,7 @@ def test_denied_places_are_named(folder: LocalStorage) -> None:
         assert keys(folder.child("open")) == ["link.jpg"]
         fails("read", folder.child("open").read, "link.jpg")  # it leads out of the folder
         with pytest.raises(UsageError, match=r"^--output .*/closed/out: cannot write in .*/closed;"):
-            require_writable(open_storage(folder.root / "closed" / "out"), "--output")
+            open_storage(folder.root / "closed" / "out").check_writable("--output")
     finally:
         (folder.root / "closed").chmod(0o700)
 
@@ -465,12 +463,12 @@ def test_s3_folder_wins_over_an_object_of_the_same_name(s3: str) -> None:
 
 def test_s3_preflight_names_what_is_missing(s3: str) -> None:
     with pytest.raises(UsageError, match=r"^--input s3://nobody/raw: no such bucket; check the bucket's name$"):
-        require_readable(open_storage("s3://nobody/raw"), "--input")
+        open_storage("s3://nobody/raw").check_readable("--input")
     with pytest.raises(UsageError, match=r"^--output s3://nobody/out: no such bucket; check the bucket's name$"):
-        require_writable(open_storage("s3://nobody/out"), "--output")
+        open_storage("s3://nobody/out").check_writable("--output")
     with pytest.raises(UsageError, match=r"^--input s3://photos/empty: no objects there; check the prefix$"):
-        require_readable(open_storage("s3://photos/empty"), "--input")
-    require_readable(open_storage("s3://photos"), "--input")
+        open_storage("s3://photos/empty").check_readable("--input")
+    open_storage("s3://photos").check_readable("--input")
 
 
 def test_s3_without_credentials(new_clients: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -481,9 +479,9 @@ def test_s3_without_credentials(new_clients: None, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(storage.s3, "CREDENTIALS_SECONDS", 0)
     advice = r"Unable to locate credentials; set AWS_ACCESS_KEY_ID and"
     with pytest.raises(UsageError, match=rf"^--input s3://photos/x: {advice}"):
-        require_readable(open_storage("s3://photos/x"), "--input")
+        open_storage("s3://photos/x").check_readable("--input")
     with pytest.raises(UsageError, match=rf"^--output s3://photos: {advice}"):
-        require_writable(open_storage("s3://photos"), "--output")
+        open_storage("s3://photos").check_writable("--output")
     assert "s3://photos/x/a.jpg" in fails("denied", open_storage("s3://photos/x").read, "a.jpg")
 
 
@@ -601,14 +599,14 @@ def test_s3_an_object_is_found_by_who_may_not_list(s3: str, monkeypatch: pytest.
 def test_s3_endpoint_that_does_not_answer(new_clients: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:hunter2@127.0.0.1:9")
     with pytest.raises(UsageError, match=r"^--input s3://photos: .*; check AWS_ENDPOINT_URL") as caught:
-        require_readable(S3Storage("photos", ""), "--input")
+        S3Storage("photos", "").check_readable("--input")
     assert "hunter2" not in str(caught.value)
 
 
 def test_s3_endpoint_that_is_no_url(new_clients: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost")
     with pytest.raises(UsageError, match=r"localhost; check AWS_ENDPOINT_URL \(http://host:port\)"):
-        require_readable(S3Storage("photos"), "--input")
+        S3Storage("photos").check_readable("--input")
 
 
 def test_s3_bucket_gone_while_working(s3: str) -> None:
@@ -707,5 +705,5 @@ def test_s3_is_written_by_who_may_list_no_more_than_the_prefix(new_clients: None
         asked.append(params)
 
     storage.s3.s3_client().meta.events.register("provide-client-params.s3.ListObjectsV2", note)
-    require_writable(S3Storage("photos", "out"), "--output")
+    S3Storage("photos", "out").check_writable("--output")
     assert [params["Prefix"] for params in asked] == ["out/"]

@@ -18,7 +18,7 @@ from restore_core.storage.s3 import S3Storage, is_s3_object
 
 __all__ = [
     "GO_ON", "LocalStorage", "Object", "S3Storage", "Storage", "key_of", "one_line", "open_storage", "overlaps",
-    "require_readable", "require_writable", "with_put_options",
+    "with_put_options",
 ]  # fmt: skip
 
 
@@ -57,19 +57,6 @@ def open_storage(uri: str | Path, *, option: str = "--input") -> Storage:
         raise UsageError(
             f"{option} {one_line(key_of(text))}: {error.strerror}; check the path and its permissions"
         ) from error
-
-
-def require_readable(storage: Storage, option: str) -> None:
-    """Check, before any work, that `storage` can be listed. Raises UsageError: one line of option, value, advice."""
-    storage.check_readable(option)
-
-
-def require_writable(storage: Storage, option: str) -> None:
-    """Check that `storage` can be written: on S3 with an object that is deleted again, else creating nothing.
-
-    Raises UsageError like `require_readable`.
-    """
-    storage.check_writable(option)
 
 
 def with_put_options(storage: Storage, *, storage_class: str | None, kms_key: str | None) -> Storage:

@@ -101,10 +101,13 @@ class Storage(Protocol):
         """Return the storage rooted at the sub-folder `prefix`."""
 
     def check_readable(self, option: str) -> None:
-        """See `require_readable`."""
+        """Check, before any work, that it can be listed. Raises UsageError: one line of `option`, value and advice."""
 
     def check_writable(self, option: str) -> None:
-        """See `require_writable`."""
+        """Check that it can be written: on S3 with an object that is deleted again, else creating nothing.
+
+        Raises UsageError likewise.
+        """
 
 
 def one_line(text: str) -> str:

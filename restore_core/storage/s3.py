@@ -262,7 +262,7 @@ class S3Storage:
             raise UsageError(f"{option} {self.uri}: no objects there; check the prefix")
 
     def check_writable(self, option: str) -> None:
-        """See `require_writable`. Puts a small object as everything else will be put, and deletes it."""
+        """See `Storage`. Puts a small object as everything else will be put, and deletes it."""
         if self.only is not None:
             raise UsageError(f"{option} {self.join(self.only)}: is an object; name a prefix")
         key = self.full_key(PROBE)
@@ -397,7 +397,7 @@ def _region_of(client: "S3Client", bucket: str) -> str | None:
 
 
 def is_s3_object(bucket: str, key: str) -> bool:
-    """Tell whether `key` is an object and no folder. Failures are left to `require_readable` to explain."""
+    """Tell whether `key` is an object and no folder. Failures are left to `check_readable` to explain."""
     try:
         try:
             if _first(bucket, key + "/", PREFLIGHT_SECONDS, offline=False):

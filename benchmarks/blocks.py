@@ -174,7 +174,7 @@ def main(job: Blocks) -> int:
     storage = open_storage(job.data, option="--data")
 
     def photographs(split: str, count: int) -> Photographs:
-        return to_photographs(sources.read_split(storage, "--data", split, 256, count), 256)
+        return to_photographs(sources.read_split(storage, split, 256, count), 256)
 
     train, held_out = photographs(sources.TRAIN, job.images), photographs(sources.VALIDATION, VALIDATED)
     rows = []

@@ -41,7 +41,7 @@ class Overlays:
 
 def main(job: Overlays) -> int:
     storage = open_storage(job.data, option="--data")
-    photographs = to_photographs(sources.read_split(storage, "--data", sources.VALIDATION, 256, job.images), 256)
+    photographs = to_photographs(sources.read_split(storage, sources.VALIDATION, 256, job.images), 256)
     seeds = [seed_of(1, "overlays", key) for key in photographs.keys]
     rows = []
     for name in job.model:

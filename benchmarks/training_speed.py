@@ -65,7 +65,7 @@ def bare_loop(job: TrainingSpeed) -> float:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.backends.cudnn.benchmark = True  # as in the job
     config = replace(PRESETS[job.preset], phases=(Phase(sizes=(job.size,), epochs=1 + job.epochs),))
-    table = sources.read_split(open_storage(job.data), "--data", sources.TRAIN, config.canvas, job.images)
+    table = sources.read_split(open_storage(job.data), sources.TRAIN, config.canvas, job.images)
     photographs = to_photographs(table, config.canvas)
     starts = range(0, len(photographs) - config.batch_size + 1, config.batch_size)
     batches = [photographs[start : start + config.batch_size] for start in starts]

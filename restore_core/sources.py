@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import tarfile
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ OPTIONS_FILE, BROKEN_FILE, UNFINISHED_FILE = "_pack/options.json", "_pack/broken
 """What jobs/pack_dataset.py writes beside a dataset: how it was made, what could not be read; and the last while it is
 at work, since some shards may be of an earlier packing then, which put people into other splits."""
 Item = TypeVar("Item")
+DATA = "--data"
+"""The option that names a dataset."""
 TRAIN, VALIDATION, TEST = "train", "val", "test"
 
 DATASET_SCHEMA = pa.schema(
@@ -180,14 +183,14 @@ def _tar_members(storage: Storage, key: str) -> Iterator[Found]:
 # --- Parquet -------------------------------------------------------------------------------------------------------
 
 
-def parquet_files(storage: Storage, option: str) -> list[str]:
+def parquet_files(storage: Storage) -> list[str]:
     """Keys of the Parquet files in a folder or prefix, sorted. Raises UsageError when there are none."""
     found = [item.key for item in storage.list()]
     if UNFINISHED_FILE in found:
-        raise UsageError(f"{option} {storage.uri}: jobs/pack_dataset.py did not finish there; run it again")
+        raise UsageError(f"{DATA} {storage.uri}: jobs/pack_dataset.py did not finish there; run it again")
     keys = sorted(key for key in found if key.endswith(".parquet") and not is_internal(key))
     if not keys:
-        raise UsageError(f"{option} {storage.uri}: no .parquet files there; make some with jobs/pack_dataset.py")
+        raise UsageError(f"{DATA} {storage.uri}: no .parquet files there; make some with jobs/pack_dataset.py")
     return keys
 
 
@@ -313,12 +316,12 @@ def decode_rows(table: pa.Table, split: str, canvas: int) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=DECODED_SCHEMA)
 
 
-def read_split(storage: Storage, option: str, split: str, canvas: int, limit: int) -> pa.Table:
+def read_split(storage: Storage, split: str, canvas: int, limit: int) -> pa.Table:
     """The first `limit` photographs of a split, decoded as `decode_rows` does, in this process."""
     parts = [DECODED_SCHEMA.empty_table()]
-    for key in parquet_files(storage, option):
-        with open_parquet(storage, key, option) as file:
-            columns = dataset_columns(file.schema_arrow, f"{option} {storage.join(key)}")
+    for key in parquet_files(storage):
+        with open_parquet(storage, key, DATA) as file:
+            columns = dataset_columns(file.schema_arrow, f"{DATA} {storage.join(key)}")
             for batch in file.iter_batches(batch_size=min(64, limit), columns=columns):
                 parts.append(decode_rows(pa.table(batch), split, canvas))
                 if sum(map(len, parts)) >= limit:
@@ -326,17 +329,17 @@ def read_split(storage: Storage, option: str, split: str, canvas: int, limit: in
     return pa.concat_tables(parts)
 
 
-def count_split(storage: Storage, option: str, split: str) -> int:
-    """Rows of a split over all Parquet files; images are read only where there is no column `split` and no `key`.
+def count_splits(storage: Storage) -> Counter[str]:
+    """Rows of each split over all Parquet files; images are read only where there is no column `split` and no `key`.
 
     Raises UsageError where training could not tell rows apart, or would take them from other columns than here.
     """
-    total, first = 0, ""
+    counts, first = Counter[str](), ""
     common: list[str] = []
     keys = [pa.array([], pa.string())]
-    for name in parquet_files(storage, option):
-        place = f"{option} {storage.join(name)}"
-        with open_parquet(storage, name, option) as file:
+    for name in parquet_files(storage):
+        place = f"{DATA} {storage.join(name)}"
+        with open_parquet(storage, name, DATA) as file:
             columns = dataset_columns(file.schema_arrow, place)
             common, first = common or columns, first or name
             if columns != common:
@@ -346,15 +349,15 @@ def count_split(storage: Storage, option: str, split: str) -> int:
                 )
             needed = [column for column in columns if column in ("key", "split")] or columns
             for batch in file.iter_batches(2**16 if needed != columns else 64, columns=needed):
-                total += splits(pa.table(batch)).count(split)
+                counts.update(splits(pa.table(batch)))
                 if "key" in needed:
                     keys.append(key_column(batch, place))
     if (found := pa.chunked_array(keys)).null_count:
-        raise UsageError(f"{option} {storage.uri}: its column key has empty cells; fill them or leave the column out")
-    if len(counts := found.value_counts()) < len(found):
-        twice = next(count["values"] for count in counts.to_pylist() if count["counts"] > 1)
-        raise UsageError(f"{option} {storage.uri}: key {twice!r} occurs twice; make keys unique")
-    return total
+        raise UsageError(f"{DATA} {storage.uri}: its column key has empty cells; fill them or leave the column out")
+    if len(each := found.value_counts()) < len(found):
+        twice = next(count["values"] for count in each.to_pylist() if count["counts"] > 1)
+        raise UsageError(f"{DATA} {storage.uri}: key {twice!r} occurs twice; make keys unique")
+    return counts
 
 
 def key_column(table: pa.Table | pa.RecordBatch, place: str) -> pa.Array:

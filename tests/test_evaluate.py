@@ -58,7 +58,7 @@ def test_numbers_are_scikit_images(local_ray: None, data: Path, tmp_path: Path, 
     methods = ["identity", "median", *models]
     assert len(rows) == 4 * 2 * 4 * len(methods)
 
-    table = sources.read_split(open_storage(data), "--data", "val", 10**6, 4)
+    table = sources.read_split(open_storage(data), "val", 10**6, 4)
     folders = [checkpoint.read(name) for name in models]
     plan = evaluation.Plan(models=(), baselines=(), damages=job.damages, sizes=job.sizes)
     restorers = {folder.name: Restorer(folder) for folder in folders}
@@ -96,7 +96,7 @@ def test_numbers_are_scikit_images(local_ray: None, data: Path, tmp_path: Path, 
 
 def test_the_mean_with_the_mirror_image_is_measured_on_demand(data: Path, small_model: Models) -> None:
     folder = checkpoint.read(str(small_model(1)))
-    table = sources.read_split(open_storage(data), "--data", "val", 10**6, 2)
+    table = sources.read_split(open_storage(data), "val", 10**6, 2)
     measured = []
     for ensemble in (False, True):
         plan = evaluation.Plan(

@@ -18,7 +18,7 @@ from jobs import pack_dataset, restore_bucket, train
 from restore_core import checkpoint, codec, manifest
 from restore_core.degradations import Generator, degrade, fixed_damage, seed_of
 from restore_core.metrics import psnr
-from restore_core.sources import DATASET_SCHEMA, count_split, group_of, photographs, read_list, read_split, split_of
+from restore_core.sources import DATASET_SCHEMA, count_splits, group_of, photographs, read_list, read_split, split_of
 from restore_core.storage import LocalStorage, open_storage
 from restore_core.trainer import VALIDATION
 
@@ -74,8 +74,8 @@ def test_nobody_is_in_two_splits(rows: list[dict[str, object]]) -> None:
 
 def test_packed_photographs_decode(packed: Path, rows: list[dict[str, object]]) -> None:
     place = open_storage(packed)
-    assert sum(count_split(place, "--data", split) for split in ("train", "val", "test")) == 1010
-    decoded = read_split(place, "--data", "val", canvas=150, limit=20).to_pylist()
+    assert count_splits(place).total() == 1010
+    decoded = read_split(place, "val", canvas=150, limit=20).to_pylist()
     images = {row["key"]: row["image"] for row in rows}
     assert len(decoded) == 20
     for row in decoded:
@@ -92,7 +92,7 @@ def test_the_official_list_keeps_its_people_in_train(tmp_path: Path) -> None:
     )
     assert pack_dataset.main(job) == 0
     assert [path.name for path in (tmp_path / "out").glob("*.parquet")] == ["train-00000.parquet"]
-    assert count_split(open_storage(tmp_path / "out"), "--data", "train") == 60
+    assert count_splits(open_storage(tmp_path / "out"))["train"] == 60
 
 
 def test_the_funneled_archives_have_the_layout_expected() -> None:

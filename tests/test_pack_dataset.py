@@ -252,9 +252,9 @@ def test_a_dataset_whose_packing_was_interrupted_is_not_used(
             [LocalStorage(source)], LocalStorage(output), packing.Splits(val_share=0.6, test_share=0, lists={}), {}
         )
     with pytest.raises(UsageError, match=rf"^--data {output}: jobs/pack_dataset.py did not finish there; run it again"):
-        sources.parquet_files(LocalStorage(output), "--data")
+        sources.parquet_files(LocalStorage(output))
     pack("--input", source, "--output", output, "--val-share", 0.6)
-    assert sources.parquet_files(LocalStorage(output), "--data")
+    assert sources.parquet_files(LocalStorage(output))
     assert rows(output).keys() == FILES.keys()
 
 

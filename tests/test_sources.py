@@ -22,7 +22,7 @@ from restore_core.sources import (
     DATASET_SCHEMA,
     DECODED_SCHEMA,
     Found,
-    count_split,
+    count_splits,
     dataset_columns,
     dataset_row,
     decode_rows,
@@ -275,9 +275,9 @@ def store(place: Storage, key: str, table: pa.Table, **options: object) -> None:
 def test_parquet_files_are_found_sorted_without_our_own(place: Storage) -> None:
     for key in ("b.parquet", "a/x.parquet", "_restore/manifest/1.parquet", "a/_restore/y.parquet", "readme.txt"):
         place.write(key, b"")
-    assert parquet_files(place, "--data") == ["a/x.parquet", "b.parquet"]
+    assert parquet_files(place) == ["a/x.parquet", "b.parquet"]
     with pytest.raises(UsageError) as caught:
-        parquet_files(place.child("nothing"), "--data")
+        parquet_files(place.child("nothing"))
     assert str(caught.value) == (
         f"--data {place.uri}/nothing: no .parquet files there; make some with jobs/pack_dataset.py"
     )
@@ -385,10 +385,10 @@ def test_parquet_of_other_makers(place: Storage) -> None:
     assert dataset_columns(whole.schema) == ["image"]
 
     for split in ("train", "val"):
-        table = read_split(place, "--data", split, canvas=32, limit=1000)
+        table = read_split(place, split, canvas=32, limit=1000)
         assert table["key"].to_pylist() == [key for key, its in zip(keys, its_splits, strict=True) if its == split]
-    counted = {split: count_split(place, "--data", split) for split in ("train", "val", "test")}
-    assert sum(counted.values()) == 62 and counted["test"] == 0
+    counted = count_splits(place)
+    assert counted.total() == 62 and counted["test"] == 0
     assert counted["val"] - its_splits.count("val") in (0, 1, 2)  # the two unusable rows are somewhere
 
 
@@ -420,21 +420,21 @@ def test_read_split_takes_the_first_of_a_split_over_all_files(place: Storage) ->
         rows = pa.concat_tables([dataset(files, "val"), dataset({f"t/{shard}.jpg": encoded(99)})])
         store(place, f"shard-{shard}.parquet", rows)
     keys = [f"p{shard}/{number}.jpg" for shard in range(3) for number in range(4)]
-    assert read_split(place, "--data", "val", 32, limit=100)["key"].to_pylist() == keys
-    assert read_split(place, "--data", "val", 32, limit=6)["key"].to_pylist() == keys[:6]
-    assert len(read_split(place, "--data", "test", 32, limit=6)) == 0
-    assert [count_split(place, "--data", split) for split in ("train", "val", "test")] == [3, 12, 0]
+    assert read_split(place, "val", 32, limit=100)["key"].to_pylist() == keys
+    assert read_split(place, "val", 32, limit=6)["key"].to_pylist() == keys[:6]
+    assert len(read_split(place, "test", 32, limit=6)) == 0
+    assert count_splits(place) == {"train": 3, "val": 12}
 
 
 def test_rows_that_training_would_confuse_are_refused(place: Storage) -> None:
     def refusal() -> str:
         with pytest.raises(UsageError) as caught:
-            count_split(place, "--data", "train")
+            count_splits(place)
         return str(caught.value)
 
     ours = dataset({f"a/{n}.jpg": encoded(n) for n in range(3)})
     store(place, "b.parquet", ours)
-    assert count_split(place, "--data", "train") == 3
+    assert count_splits(place)["train"] == 3
     store(place, "a.parquet", hugging_face([encoded(1)]))  # whose columns would be taken of all files
     assert refusal() == (
         f"--data {place.join('b.parquet')}: of its columns key, split, image would be taken, of those of a.parquet "
@@ -464,9 +464,9 @@ def test_counting_does_not_read_the_images_where_there_is_a_split(place: Storage
     start = column.dictionary_page_offset or column.data_page_offset
     data[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
     place.write("a.parquet", bytes(data))
-    assert count_split(place, "--data", "train") == 20
+    assert count_splits(place)["train"] == 20
     with pytest.raises(UsageError, match=r"^--data .*a\.parquet: not a readable Parquet file"):
-        read_split(place, "--data", "train", 32, limit=1)
+        read_split(place, "train", 32, limit=1)
 
 
 def test_only_what_the_jobs_write_is_internal() -> None:

@@ -225,9 +225,9 @@ def require_photographs(data: Storage, split: str) -> None:
         keys = (item.key for item in data.list() if not sources.is_internal(item.key))
         if next(_decoded(data, keys), None) is None:
             raise UsageError(f"--data {data.uri}: neither Parquet files nor photographs there; check the path")
-    elif not sources.count_split(data, "--data", split):
+    elif not sources.count_splits(data)[split]:
         raise UsageError(f"--split {split}: no photographs of it in --data {data.uri}; pack with a share for it")
-    elif not len(sources.read_split(data, "--data", split, NO_LIMIT, limit=1)):
+    elif not len(sources.read_split(data, split, NO_LIMIT, limit=1)):
         raise UsageError(f"--split {split}: none of its photographs in {data.uri} can be decoded; pack them again")
 
 
@@ -239,7 +239,7 @@ def _photographs(data: Storage, split: str, images: int) -> ray.data.Dataset:
     """The first photographs of a dataset's split, or of a folder, as `sources.DECODED_SCHEMA`."""
     filesystem, root = data.filesystem()
     if _has_parquet(data):
-        keys = sources.parquet_files(data, "--data")
+        keys = sources.parquet_files(data)
         with sources.open_parquet(data, keys[0], "--data") as file:
             columns = sources.dataset_columns(file.schema_arrow)
         files = ray.data.read_parquet([f"{root}/{key}" for key in keys], filesystem=filesystem)

@@ -48,14 +48,14 @@ def prepare(study: Study) -> Study:
     Raises UsageError.
     """
     config = study.config
-    images = min(study.images, sources.count_split(study.data, "--data", sources.TRAIN))
+    images = min(study.images, sources.count_splits(study.data)[sources.TRAIN])
     if images < config.batch_size:
         raise UsageError(
             f"--images {study.images}: {images} training photographs do not fill --batch-size {config.batch_size}; "
             f"take more photographs or lower it"
         )
     for split in (sources.TRAIN, sources.VALIDATION):
-        if not len(sources.read_split(study.data, "--data", split, config.canvas, limit=1)):
+        if not len(sources.read_split(study.data, split, config.canvas, limit=1)):
             raise UsageError(f"--data {study.data.uri}: no photograph in split {split!r} can be decoded; pack it again")
     study = dataclasses.replace(study, images=images)
     if study.folder.exists(OPTIONS_FILE):

@@ -72,7 +72,7 @@ def options(study: Study) -> dict[str, Any]:
 def photographs(study: Study, split: str, limit: int) -> Photographs:
     """The first ones of a split, decoded."""
     canvas = study.config.canvas
-    return to_photographs(sources.read_split(study.data, "--data", split, canvas, limit), canvas)
+    return to_photographs(sources.read_split(study.data, split, canvas, limit), canvas)
 
 
 # --- What lies in a trial's folder ---------------------------------------------------------------------------------

@@ -72,7 +72,8 @@ class Trained:
 
 def prepare(config: TrainConfig, data: Storage, folder: Storage, initial: checkpoint.ModelFolder | None) -> int:
     """Check data and run folder before Ray starts. Returns the number of training photographs. Raises UsageError."""
-    photographs = sources.count_split(data, "--data", sources.TRAIN)
+    counts = sources.count_splits(data)
+    photographs = counts[sources.TRAIN]
     if not photographs:
         raise UsageError(
             f"--data {data.uri}: no photographs in split 'train'; pack again with a smaller --val-share or --train-list"
@@ -82,12 +83,12 @@ def prepare(config: TrainConfig, data: Storage, folder: Storage, initial: checkp
             f"--data {data.uri}: {photographs} photographs in split 'train' do not fill "
             f"--batch-size {config.batch_size}; pack more photographs or lower it"
         )
-    if not sources.count_split(data, "--data", sources.VALIDATION):
+    if not counts[sources.VALIDATION]:
         raise UsageError(
             f"--data {data.uri}: no photographs in split 'val'; pack again with a larger --val-share or --val-list"
         )
     for split in (sources.TRAIN, sources.VALIDATION):
-        if not len(sources.read_split(data, "--data", split, config.canvas, limit=1)):
+        if not len(sources.read_split(data, split, config.canvas, limit=1)):
             raise UsageError(f"--data {data.uri}: no photograph in split {split!r} can be decoded; pack it again")
     options = _options(config, data, initial, photographs)
     if folder.exists(OPTIONS_FILE):
@@ -289,7 +290,7 @@ def to_photographs(table: pa.Table, canvas: int) -> Photographs:
 
 def _held_out(run: TrainRun) -> Photographs:
     config = run.config
-    table = sources.read_split(run.data, "--data", sources.VALIDATION, config.canvas, config.val_images)
+    table = sources.read_split(run.data, sources.VALIDATION, config.canvas, config.val_images)
     return to_photographs(table, config.canvas)
 
 
@@ -307,7 +308,7 @@ def _progress(row: dict[str, float], config: TrainConfig, history: list[dict[str
 
 def _dataset(run: TrainRun) -> ray.data.Dataset:
     filesystem, root = run.data.filesystem()
-    keys = sources.parquet_files(run.data, "--data")
+    keys = sources.parquet_files(run.data)
     files = [f"{root}/{key}" for key in keys]
     canvas = run.config.canvas
 

@@ -65,7 +65,7 @@ def restoring() -> Iterator[str]:
         rates = result["images_per_second"]
         steady = rates["job, steady state"]
         megapixels = result["megapixels"] / result["images"]
-        title = f"{result['corpus']}; `{result['model']['name']}`, {result['precision']}"
+        title = f"{result['corpus']}; `{result['model']['name']}`, {result['precision']}" + _workers(result)
         rows = [
             f"| {title} | images/s | megapixels/s | the job is |",
             "|---|---|---|---|",
@@ -107,6 +107,11 @@ def ratios(rates: dict[str, list[float]], device: str) -> dict[str, float]:
         others = [rate for name, rate in now.items() if not name.startswith(("job", "codec only", "model only"))]
         found.setdefault("of the fastest other", []).append(steady / max(others))
     return {name: round(statistics.median(values), 3) for name, values in found.items()}
+
+
+def _workers(result: dict[str, Any]) -> str:
+    count = result.get("workers", "auto")
+    return "" if count == "auto" else f", --workers {count}"
 
 
 def networks() -> Iterator[str]:
@@ -216,7 +221,7 @@ def summary() -> str:
         openvino = max((rates[name] for name in ("openvino", "openvino, pool") if name in rates), default=None)
         others = ("" if rate is None else f"{rate:.1f}" for rate in (rates.get("onnxruntime"), openvino))
         cells = (
-            result["corpus"], f"`{result['model']['name']}`, {result['precision']}",
+            result["corpus"], f"`{result['model']['name']}`, {result['precision']}" + _workers(result),
             f"**{rates['job, steady state']:.1f}**", f"{floor:.1f}", f"{by_hand:.1f}", *others,
             f"{result['first_image_seconds']:.1f}",
         )  # fmt: skip

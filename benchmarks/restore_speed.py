@@ -65,6 +65,8 @@ class RestoreSpeed:
     """Of the network's arithmetic, in all."""
     batch_size: int = 16
     """Images handled together, by all."""
+    workers: str = "auto"
+    """Processes of the job that hold the network, see jobs/restore_bucket.py; the cores are theirs in equal parts."""
     contestants: tuple[Name, ...] = (
         "plain loop", "pool", "data loader", "ray template", "onnxruntime", "openvino",
         "codec only", "model only", "model only, pool",
@@ -172,6 +174,7 @@ def the_job(job: RestoreSpeed, source: Path, target: Path) -> Measured:
         [
             sys.executable, "jobs/restore_bucket.py", "--input", source, "--output", target, "--model", job.model,
             "--precision", job.precision, "--batch-size", str(job.batch_size), "--device", job.device,
+            "--workers", job.workers,
         ],
         cwd=ROOT, env={**os.environ, name: value}, capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -250,6 +253,7 @@ def main(job: RestoreSpeed) -> int:
         "device": job.device,
         "gpu_busy_percent": [run.busy for run in runs],
         "precision": job.precision,
+        "workers": job.workers,
         "images_per_second": {name: round(rate, 3) for name, rate in medians.items()},
         "first_image_seconds": round(statistics.median(run.first for run in runs), 2),
         "memory_mb": {

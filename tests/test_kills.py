@@ -312,7 +312,7 @@ def test_parquet_is_whole_after_a_kill(
 
 # --- All victims, everywhere ---------------------------------------------------------------------------------------
 
-MANY, BATCH, FLUSH = 2000, 16, 200
+MANY, BATCH, FLUSH = 2000, 16, 48
 PLACES = (10, 50, 90, 99, None)
 VICTIMS = ("actor", "node", "driver", "head", "cluster")
 """On the head the driver runs, too, and the other nodes live on for a while; "cluster" is all but the driver."""
@@ -403,7 +403,8 @@ def test_nothing_is_lost_or_doubled(
     writes = first.keys() + later
     assert writes.keys() == uninterrupted.keys()
     twice = sum(writes.values()) - MANY
-    allowed = bound(actors, BATCH, FLUSH)
+    # Where the driver lives, its rows are not lost: only what the actors had in hand is done again.
+    allowed = bound(actors, BATCH, 0 if victim in ("actor", "node") else FLUSH)
     print(f"{victim} {place}: seed {seed}, {actors} actors, killed at {killed_at}, {len(recorded)} recorded, ", end="")
     print(f"{later.total()} by the next run, {twice} done again, at most {max(writes.values())} times; bound {allowed}")
     assert twice <= allowed

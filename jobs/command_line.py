@@ -35,6 +35,12 @@ def run(main: Callable[[Options], int], options: type[Options]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        # What a worker could not begin with comes as the last line of Ray's account of its end.
+        kind, _, said = str(error).rstrip().rpartition("\n")[2].partition(": ")
+        if kind not in {f"{known.__module__}.{known.__name__}" for known in (UsageError, StorageError)}:
+            raise
+        return _unusable(said)
 
 
 def _unusable(message: str) -> int:

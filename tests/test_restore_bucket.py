@@ -1545,6 +1545,24 @@ def test_the_job_can_be_called_from_python() -> None:
         RestoreBucket(input="a", output="b", batch_size=0)
 
 
+def test_what_a_worker_cannot_begin_with_is_told_in_the_last_line(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As bfloat16 on a GPU that has none, which only the worker can know. Above it is what Ray has to say."""
+    from restore_core.pipelines import restoration
+
+    class Refusing(restoration.RestoreRun):  # of this function, so that Ray carries it to its workers
+        def restorer(self) -> Any:
+            raise UsageError("--precision bfloat16: not here")
+
+    monkeypatch.setattr(restoration, "RestoreRun", Refusing)
+    source, output = write_tree(tmp_path / "in", {"a.jpg": GOOD["a/tiny.jpg"]}), tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["restore_bucket.py", "--input", str(source), "--output", str(output)])
+    assert command_line.run(lambda _: run(source, output), RestoreBucket) == command_line.UNUSABLE
+    assert capsys.readouterr().err.splitlines()[-1] == "error: --precision bfloat16: not here"
+    assert not (output / "_restore/lease.json").exists()
+
+
 # --- What would do harm --------------------------------------------------------------------------------------------
 
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
 
-from restore_core.degradations import Generator, degrade, fixed_damage, seed_of
+from restore_core.degradations import degrade_photograph, seed_of
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -81,10 +80,7 @@ def _tiles(photographs: list[Path], first: int) -> Iterator[Pixels]:
 
 
 def _damaged(pixels: Pixels, index: int) -> Pixels:
-    batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    generator = Generator([seed_of(0, index)])
-    damage = fixed_damage(generator, **DAMAGES[index % len(DAMAGES)])  # type: ignore[arg-type]
-    return degrade(batch, damage, generator)[0][0].permute(1, 2, 0).contiguous().numpy()
+    return degrade_photograph(pixels, seed_of(0, index), **DAMAGES[index % len(DAMAGES)])[0]
 
 
 def _encoded(pixels: Pixels, format: str) -> bytes:

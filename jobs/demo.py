@@ -20,14 +20,11 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
 
-DAMAGES: dict[str, dict[str, float]] = {
-    "noise": {"sigma_255": 25},
-    "flips": {"flips": 0.1},
-    "patches": {"area": 0.15},
-    "gray": {"gray": True},
-    "all": {"sigma_255": 25, "flips": 0.1, "area": 0.1, "gray": True},
-    "undamaged": {},
-}
+DAMAGES = {
+    "noise": "noise_25", "flips": "flips_10", "patches": "patches_15", "gray": "gray", "all": "all",
+    "undamaged": "clean",
+}  # fmt: skip
+"""Its folders, and which of `degradations.STANDARD` they get."""
 FACES = {"astronaut": (135, 5, 315, 185), "chelsea": (60, 10, 350, 300)}
 """Square boxes around the faces: left, top, right, bottom, pixels."""
 FACE_SIZES = (48, 64, 128)
@@ -44,12 +41,11 @@ class Demo:
 
 def main(job: Demo) -> int:
     import numpy as np
-    import torch
     from PIL import Image
     from skimage import data
 
     from restore_core import report
-    from restore_core.degradations import Generator, degrade, fixed_damage, seed_of
+    from restore_core.degradations import STANDARD, degrade_photograph, seed_of
     from restore_core.metrics import psnr
 
     marker = job.output / ".demo"
@@ -65,13 +61,11 @@ def main(job: Demo) -> int:
         for size in FACE_SIZES:
             originals[f"{name}-face-{size}"] = originals[name].crop(box).resize((size, size), Image.Resampling.LANCZOS)
     for name, image in originals.items():
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # [1, 3, H, W]
-        for damage, strengths in DAMAGES.items():
-            generator = Generator([seed_of(0, name, damage)])
-            damaged, _ = degrade(pixels, fixed_damage(generator, **strengths), generator)  # type: ignore[arg-type]
+        for damage, standard in DAMAGES.items():
+            damaged, _ = degrade_photograph(np.array(image), seed_of(0, name, damage), **STANDARD[standard])
             file = source / damage / f"{name}.png"
             file.parent.mkdir(exist_ok=True)
-            Image.fromarray(damaged[0].permute(1, 2, 0).numpy()).save(file)
+            Image.fromarray(damaged).save(file)
 
     code = restore_bucket.main(restore_bucket.RestoreBucket(input=str(source), output=str(restored), model=job.model))
 

@@ -12,11 +12,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from restore_core.config import DamageConfig
+
+Pixels = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
 
 NOISE, FLIPS, PATCHES, GRAY = range(4)
 MAX_PATCHES = 5
@@ -229,6 +234,14 @@ def degrade(images: Tensor, damage: Damage, generator: Generator) -> tuple[Tenso
         result = torch.where((kind == PATCHES) & painted, patch_colours, result)
         result = torch.where((kind == GRAY) & grayed, to_gray(result), result)
     return result, flipped | painted
+
+
+def degrade_photograph(pixels: Pixels, seed: int, **strengths: float) -> tuple[Pixels, Mask]:
+    """A photograph, uint8 [H, W, 3], with the damage of `fixed_damage`; and its destroyed pixels, bool [H, W]."""
+    generator = Generator([seed])
+    damage = fixed_damage(generator, **strengths)  # type: ignore[arg-type]
+    damaged, destroyed = degrade(torch.tensor(pixels).permute(2, 0, 1)[None], damage, generator)
+    return damaged[0].permute(1, 2, 0).contiguous().numpy(), destroyed[0, 0].numpy()
 
 
 def _add(images: Tensor, noise: Tensor) -> Tensor:

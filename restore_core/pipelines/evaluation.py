@@ -19,7 +19,7 @@ import torch
 from restore_core import baselines, codec, sources
 from restore_core.checkpoint import ModelFolder
 from restore_core.config import Precision
-from restore_core.degradations import STANDARD, Generator, degrade, fixed_damage, seed_of
+from restore_core.degradations import STANDARD, degrade_photograph, seed_of
 from restore_core.errors import ItemError, UsageError
 from restore_core.inference import Restorer
 from restore_core.metrics import psnr, ssim
@@ -153,14 +153,9 @@ def _at_size(single: Photographs, size: int) -> Pixels:
 
 
 def _sample(key: str, size: int, damage: str, clean: Pixels) -> Sample:
-    generator = Generator([seed_of(SEED, "evaluate", damage, clean.shape[0], key)])
-    pixels = torch.from_numpy(clean.copy()).permute(2, 0, 1)[None]
-    strengths = fixed_damage(generator, **STANDARD[damage])  # type: ignore[arg-type]
-    damaged, destroyed = degrade(pixels, strengths, generator)
-    image = damaged[0].permute(1, 2, 0).contiguous().numpy()
-    return Sample(
-        key=key, size=size, damage=damage, clean=clean, damaged=image, destroyed=destroyed[0, 0].numpy()
-    )  # fmt: skip
+    seed = seed_of(SEED, "evaluate", damage, clean.shape[0], key)
+    damaged, destroyed = degrade_photograph(clean, seed, **STANDARD[damage])
+    return Sample(key=key, size=size, damage=damage, clean=clean, damaged=damaged, destroyed=destroyed)
 
 
 def _measured(sample: Sample, method: str, image: Pixels) -> Row:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
@@ -27,20 +28,18 @@ def run(main: Callable[[Options], int], options: type[Options]) -> int:
     try:
         return main(_parsed(options, sys.modules[main.__module__].__doc__))
     except (UsageError, StorageError) as error:
-        # What was raised in a worker is the cause of Ray's error, which is a traceback; Ray adds lines of advice to it.
-        cause = getattr(error, "cause", None)
-        return _unusable(str(error) if cause is None else str(cause).partition("\n")[0])
+        return _unusable(str(error))
     except ItemError as error:  # of a file that the whole job needs, such as its report
         return _unusable(error.message)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        # What a worker could not begin with comes as the last line of Ray's account of its end.
-        kind, _, said = str(error).rstrip().rpartition("\n")[2].partition(": ")
-        if kind not in {f"{known.__module__}.{known.__name__}" for known in (UsageError, StorageError)}:
+        # Of what was raised in a worker Ray makes an error of its own, whose text is the traceback there.
+        found = re.findall(r"^restore_core\.errors\.(?:Usage|Storage)Error: (.*)", str(error), re.MULTILINE)
+        if not found:
             raise
-        return _unusable(said)
+        return _unusable(found[-1])
 
 
 def _unusable(message: str) -> int:

@@ -23,6 +23,8 @@ from restore_core.errors import UsageError
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "_restore/report.html"
+SHARD = re.compile(r"-\d{5,}\.parquet$")
+"""What the output of a row group has in place of .parquet."""
 FEW_FILES, IO_THREADS = 1000, 16
 """Of an output that holds more than so many files of others, and no ledger, the input is listed before the work; else
 the input is asked for each of those names, so many at once."""
@@ -92,31 +94,42 @@ class RestoreBucket:
 
 
 def in_the_way(source: "Storage", output: "Storage") -> str | None:
-    """What the output has, before the first restore into it, in the place of something that would be written."""
+    """What the output has, before the first restore into it, in the place of something that would be written.
+
+    Raises StorageError where the input cannot be asked.
+    """
     from restore_core import manifest
-    from restore_core.errors import ItemError
+    from restore_core.errors import ItemError, StorageError
+
+    def is_there(key: str) -> bool:
+        try:
+            return source.only in (None, key) and source.exists(key)
+        except ItemError as error:
+            if error.others_too:
+                raise StorageError(error.message) from error
+            return error.error == "denied"  # else it is no name that the input can have
 
     def would_be_written(key: str) -> bool:
-        names = {key, re.sub(r"-\d{5,}\.parquet$", ".parquet", key)}  # as a row group's output is named
-        try:
-            return any(source.exists(name) for name in names if source.only in (None, name))
-        except ItemError:  # it is there, but may not be looked at
-            return True
+        return is_there(key) or (bool(SHARD.search(key)) and is_there(SHARD.sub(".parquet", key)))
 
     if next(iter(output.list(f"{manifest.FOLDER}/")), None) is not None:
         return None
     found = (item.key for item in output.list())
     few = list(itertools.islice(found, FEW_FILES))
     with ThreadPoolExecutor(IO_THREADS) as pool:
-        for key, written in zip(few, pool.map(would_be_written, few), strict=True):
-            if written:
-                return key
+        if there := [key for key, written in zip(few, pool.map(would_be_written, few), strict=True) if written]:
+            return there[0]
     first = next(found, None)
     if first is None:
         return None
     logger.info("the output has many files and no restore's: its names are held against the input's first")
-    there = manifest.Sorted(((key, True) for key in itertools.chain([first], found)), "the output's listing")
-    return next((item.key for item in source.list(after=few[-1], unreadable=True) if item.key in there), None)
+    rest = manifest.Sorted(((key, True) for key in itertools.chain([first], found)), "the output's listing")
+    listed = (item.key for item in source.list(after=few[-1], unreadable=True))
+    if (key := next((key for key in listed if key in rest), None)) is not None:
+        return key
+    return next(
+        (item.key for item in output.list(after=few[-1]) if SHARD.search(item.key) and would_be_written(item.key)), None
+    )
 
 
 def main(job: RestoreBucket) -> int:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -49,10 +50,11 @@ class Together(threading.Thread):
 
 
 def children() -> list[str]:
-    try:
-        return " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children")).split()
-    except OSError:  # a thread has ended
-        return []
+    found = []
+    for path in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # a thread has ended
+            found += path.read_text().split()
+    return found
 
 
 def resident(process: str) -> float:

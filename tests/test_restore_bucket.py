@@ -32,7 +32,7 @@ from jobs import command_line, restore_bucket, verify_bucket
 from jobs.restore_bucket import RestoreBucket
 from restore_core import checkpoint, codec, manifest, sources, storage
 from restore_core.config import ResidualUNetConfig
-from restore_core.errors import StorageError, UsageError
+from restore_core.errors import ItemError, StorageError, UsageError
 from restore_core.manifest import Ledger, Row
 from restore_core.model import build
 from restore_core.pipelines import cluster
@@ -1582,6 +1582,24 @@ def test_files_of_others_in_the_output_are_not_written_over(
     assert run(source, output) == 0  # beside others
     assert run(source, output) == 0
     assert files_of(output).keys() == {"a.png", "Y.txt", "Z.txt", "z.txt"}
+
+
+def test_names_that_the_input_does_not_list_are_in_no_way(
+    tmp_path: Path, s3: str, moto_client: "S3Client", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_tree(tmp_path / "in", {"a.png": b"?", "z.parquet": b"?"})
+    for key in ("a//b.png", "new/", "x" * 300, "../a.png", "z-00001.jpg"):
+        moto_client.put_object(Bucket="photos", Key=key, Body=b"!")
+    places = storage.open_storage(source), storage.open_storage("s3://photos")
+    assert restore_bucket.in_the_way(*places) is None
+    moto_client.put_object(Bucket="photos", Key="z-00001.parquet", Body=b"!")
+    for few in (1000, 1):
+        monkeypatch.setattr(restore_bucket, "FEW_FILES", few)
+        assert restore_bucket.in_the_way(*places) == "z-00001.parquet"
+    no_network = ItemError("read", "cannot read a: no network", others_too=True)
+    monkeypatch.setattr(LocalStorage, "exists", lambda *_: (_ for _ in ()).throw(no_network))
+    with pytest.raises(StorageError, match="no network"):
+        restore_bucket.in_the_way(*places)
 
 
 def test_nor_are_those_in_the_place_of_a_shard(tmp_path: Path, run: Run) -> None:

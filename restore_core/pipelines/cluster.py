@@ -79,7 +79,6 @@ def quiet_data() -> None:
     """The jobs print their own progress; Ray Data's would be a page every few seconds."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.raise_original_map_exception = True  # else a StorageError of a worker would not be known as one here
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 

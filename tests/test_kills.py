@@ -313,7 +313,7 @@ def test_parquet_is_whole_after_a_kill(
 
 # --- All victims, everywhere ---------------------------------------------------------------------------------------
 
-MANY, BATCH, FLUSH = 2000, 16, 48
+MANY, BATCH, FLUSH = 2000, 16, 96
 PLACES = (10, 50, 90, 99, None)
 VICTIMS = ("actor", "node", "driver", "head", "cluster")
 """On the head the driver runs, too, and the other nodes live on for a while; "cluster" is all but the driver."""

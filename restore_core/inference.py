@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from restore_core import checkpoint, memory, streaming, strips, tiles
+from restore_core import checkpoint, holes, memory, streaming, strips, tiles
 from restore_core.checkpoint import ModelFolder
 from restore_core.config import KINDS, Kind, Precision, ResidualUNetConfig, require
 from restore_core.degradations import to_device
@@ -249,6 +249,8 @@ class Restorer:
         image, survival = self._predict(batch, device)
         output = to_uint8(image)
         diagnoses = diagnose(batch, output, survival)
+        if survival is not None:
+            self._look_again(list(zip(output.permute(0, 2, 3, 1), (survival[:, 0] < 0).cpu().numpy(), strict=True)))
         if survival is not None and len(self.repair) < len(KINDS):
             lost_colour = torch.tensor([gray >= UNDAMAGED_GRAY for gray in diagnoses[3]], device=device)
             output = repair_only(self.repair, batch, output, survival, lost_colour)
@@ -287,6 +289,8 @@ class Restorer:
         for block in blocks:
             sums += evidence(*tensors(block.around), *block.within).double().cpu()
         (sigma,), (flips,), (patches,), (gray,) = verdict(sums, gated=destroyed is not None)
+        if destroyed is not None:
+            self._look_again([(torch.from_numpy(output), destroyed)])
         if destroyed is not None and len(self.repair) < len(KINDS):
             lost_colour = torch.tensor([gray >= UNDAMAGED_GRAY], device=rung.device)
             for block in blocks:
@@ -296,6 +300,27 @@ class Restorer:
                 # In place: around a block nothing but the gate is looked at.
                 output[block.at] = repaired[0, :, *block.within].permute(1, 2, 0).cpu().numpy()
         return Restored(output, sigma, flips, patches, gray)
+
+    def _look_again(self, images: list[tuple[Tensor, holes.Destroyed]]) -> None:
+        """Fill the large holes of results, in place, also with what is seen at half the size.
+
+        Args:
+            images: uint8 [H, W, 3], and which pixels the gate takes for destroyed.
+        """
+        if "patches" not in self.repair:
+            return
+        found = [
+            (output[region], holes.painted(destroyed[region]))
+            for output, destroyed in images
+            for region in holes.regions(destroyed, *output.shape[:2])
+        ]
+        before = [part.cpu().numpy() for part, _ in found]
+        try:
+            small = self([holes.halved(pixels, hole) for pixels, (_, hole) in zip(before, found, strict=True)])
+        except MemoryError:  # then they stay as they are
+            return
+        for pixels, (part, hole), seen in zip(before, found, small, strict=True):
+            part.copy_(torch.from_numpy(holes.blended(pixels, hole, seen.pixels)))
 
     def _predict(self, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Float [B, 3, H, W] and survival logits [B, 1, H, W] for uint8. Raises FloatingPointError."""

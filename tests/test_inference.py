@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from restore_core import checkpoint, codec, degradations, diagnosis, inference, streaming, strips, tiles
+from restore_core import checkpoint, codec, degradations, diagnosis, holes, inference, streaming, strips, tiles
 from restore_core.checkpoint import ModelFolder
 from restore_core.config import KINDS, AutoencoderConfig, Kind, ModelConfig, ResidualUNetConfig
 from restore_core.degradations import Generator, degrade, fixed_damage, seed_of
@@ -43,7 +43,9 @@ def model_folder(folder: Path, config: ModelConfig = SMALL, *, spoilt: bool = Fa
 
 
 @pytest.fixture
-def restorer(tmp_path: Path) -> Restorer:
+def restorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Restorer:
+    """Of random weights. What they make of holes at half the size (tests/test_holes.py) is left out."""
+    monkeypatch.setattr(holes, "LEAST", 10**9)
     return Restorer(model_folder(tmp_path))
 
 
@@ -428,6 +430,7 @@ def test_out_of_memory_the_pieces_become_smaller(
 
 def test_out_of_memory_on_the_gpu_the_cpu_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the CPU's own number in the place of a GPU."""
+    monkeypatch.setattr(holes, "LEAST", 10**9)
     monkeypatch.setitem(inference.STRIP_PIXELS, "cpu", 2**16)
     gpu = torch.device("cpu:0")
     restorer, image = Restorer(model_folder(tmp_path), gpu), photograph(300, 20)

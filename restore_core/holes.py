@@ -1,0 +1,87 @@
+"""Large holes once more, at half the size: there the network sees twice as far around them.
+
+What it fills them with is a mean of what may have been there, so two such looks are better than either. Figures:
+DECISIONS.md, "Holes at half the size".
+"""
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+
+from restore_core.diagnosis import destroyed_pixels
+
+LEAST = 128
+"""Pictures with a longer side under this are too small for it, pixels: at half the size the network knows less."""
+BLOCK = 8
+"""A hole is large enough if a square of this side on a grid of such squares is destroyed, pixels."""
+AROUND = 16
+"""How far around such squares is looked at with them, in squares."""
+MOST = 2**22
+"""Of a region, pixels: some 60 bytes of memory each."""
+SHARE = 2 / 3
+"""Of the look at half the size in the result; the rest is what was there."""
+
+Pixels = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
+Region = tuple[slice, slice]
+
+
+class Destroyed(Protocol):
+    """Which pixels were destroyed: bool [H, W], or `strips.Mask`."""
+
+    def __getitem__(self, at: Region, /) -> Mask: ...
+
+
+def regions(destroyed: Destroyed, height: int, width: int) -> list[Region]:
+    """Rows and columns of what belongs together around the large holes; without what is too large to be held again."""
+    if max(height, width) < LEAST or min(height, width) < BLOCK:
+        return []
+    columns = slice(0, width // BLOCK * BLOCK)
+    bands = []
+    for top in range(0, height // BLOCK * BLOCK, 64 * BLOCK):
+        band = destroyed[slice(top, min(top + 64 * BLOCK, height // BLOCK * BLOCK)), columns]
+        bands.append(band.reshape(-1, BLOCK, columns.stop // BLOCK, BLOCK).all(axis=(1, 3)))
+    near = ndimage.maximum_filter(np.concatenate(bands), 2 * AROUND + 1)
+
+    def pixels(part: slice, count: int, length: int) -> slice:
+        return slice(part.start * BLOCK, length if part.stop == count else part.stop * BLOCK)
+
+    found = [
+        (pixels(rows, near.shape[0], height), pixels(places, near.shape[1], width))
+        for rows, places in ndimage.find_objects(ndimage.label(near)[0])
+    ]
+    sizes = ((rows.stop - rows.start) * (places.stop - places.start) for rows, places in found)
+    return [region for region, size in zip(found, sizes, strict=True) if size <= MOST]
+
+
+def painted(destroyed: Mask) -> Mask:
+    """Of destroyed pixels [H, W] those that lie in holes, and not alone."""
+    gate = torch.where(torch.from_numpy(destroyed), -1.0, 1.0)
+    return np.asarray(destroyed_pixels(gate[None, None])[1][0, 0].numpy())
+
+
+def halved(pixels: Pixels, hole: Mask) -> Pixels:
+    """uint8 [H, W, 3] at half the size, the means of what is not in a hole; holes are black."""
+    height, width = hole.shape
+    padding = (0, width % 2, 0, height % 2)
+    image = F.pad(torch.from_numpy(pixels).permute(2, 0, 1)[None].float(), padding, mode="replicate")
+    gone = F.pad(torch.from_numpy(hole)[None, None].float(), padding, mode="replicate")
+    share = F.avg_pool2d(gone, 2)
+    small = F.avg_pool2d(image * (1 - gone), 2) / (1 - share).clamp(min=1e-3)
+    small = torch.where(share > 0.5, 0.0, small).round().to(torch.uint8)
+    return np.ascontiguousarray(small[0].permute(1, 2, 0).numpy())
+
+
+def blended(pixels: Pixels, hole: Mask, small: Pixels) -> Pixels:
+    """uint8 [H, W, 3] whose holes are, to `SHARE`, what the restored picture of half the size has there."""
+    height, width = hole.shape
+    once = torch.from_numpy(np.ascontiguousarray(small)).permute(2, 0, 1)[None].float()
+    twice = F.interpolate(once, scale_factor=2, mode="bilinear", align_corners=False)[0, :, :height, :width]
+    result = pixels.copy()
+    found = twice.permute(1, 2, 0).numpy()[hole]
+    result[hole] = np.rint(SHARE * found + (1 - SHARE) * pixels[hole]).astype(np.uint8)
+    return result

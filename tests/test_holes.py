@@ -1,0 +1,95 @@
+"""Large holes are filled with what is seen at half the size, and nothing else changes."""
+
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+from restore_core import checkpoint, holes, strips
+from restore_core.config import KINDS
+from restore_core.degradations import degrade_photograph
+from restore_core.holes import Mask, Pixels
+from restore_core.inference import Restored, Restorer
+from restore_core.metrics import psnr
+
+
+def mask(height: int, width: int, *boxes: tuple[int, int, int, int]) -> Mask:
+    result = np.zeros((height, width), bool)
+    for top, left, bottom, right in boxes:
+        result[top:bottom, left:right] = True
+    return result
+
+
+def test_regions_hold_the_large_holes_and_what_is_around_them() -> None:
+    destroyed = mask(
+        2000, 1501, (300, 200, 330, 230), (450, 210, 480, 250), (1985, 1480, 2000, 1501), (1000, 700, 1009, 709)
+    )
+    packed = strips.Mask(2000, 1501)
+    packed.set(slice(0, 2000), slice(0, 1501), destroyed)
+    for some in (destroyed, packed):
+        (first, second) = holes.regions(some, 2000, 1501)
+        assert first == (slice(176, 608), slice(72, 376))  # 128 pixels around, and two that are near are one
+        assert second == (slice(1864, 2000), slice(1352, 1501))
+    assert holes.regions(mask(120, 120, (20, 20, 60, 60)), 120, 120) == []
+    assert holes.regions(mask(1, 20000, (0, 0, 1, 20000)), 1, 20000) == []
+    assert holes.regions(mask(3000, 3000, (0, 0, 2900, 2900)), 3000, 3000) == []
+
+
+def test_half_the_size_shows_what_is_around_a_hole() -> None:
+    pixels = np.full((7, 9, 3), 100, np.uint8)
+    hole = mask(7, 9, (2, 3, 6, 6))
+    pixels[hole] = 200  # of which nothing is left
+    small = holes.halved(pixels, hole)
+    assert small.shape == (4, 5, 3)
+    assert (small[1:3, 2] == 0).all() and (small[0] == 100).all() and (small[:, 1] == 100).all()
+    after = holes.blended(pixels, hole, np.full((4, 5, 3), 50, np.uint8))
+    assert (after[~hole] == 100).all() and (after[hole] == 100).all()  # (2 * 50 + 200) / 3
+
+
+@pytest.mark.parametrize("name", ["faces", "faces-fast"])
+def test_holes_are_filled_better(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a photograph that no network was trained on."""
+    part = Image.fromarray(skimage.data.chelsea()[:300, 60:360])
+    clean = np.asarray(part.resize((250, 250), Image.Resampling.LANCZOS))
+    images = [degrade_photograph(clean, seed, area=0.15, coloured=seed % 2)[0] for seed in range(6)]
+    restorer = Restorer(checkpoint.read(name))
+    after = restorer(images)
+    monkeypatch.setattr(holes, "LEAST", 10**9)
+    before = restorer(images)
+    gains = [psnr(one.pixels, clean) - psnr(other.pixels, clean) for one, other in zip(after, before, strict=True)]
+    assert np.mean(gains) > 0.3, gains
+    for one, other in zip(after, before, strict=True):
+        assert (one.sigma, one.flips, one.patches, one.gray) == (other.sigma, other.flips, other.patches, other.gray)
+        assert 0.05 < (one.pixels != other.pixels).any(axis=2).mean() < 0.17
+
+
+def test_nothing_else_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = skimage.data.chelsea()[:200, 100:300]
+    flips, noise = (degrade_photograph(clean, 1, **damage)[0] for damage in ({"flips": 0.3}, {"sigma_255": 25}))
+    patches, _ = degrade_photograph(clean, 1, area=0.15)
+    restorer, others = (Restorer(checkpoint.read("faces-fast"), repair=kinds) for kinds in (KINDS, ("noise", "flips")))
+    after = [*restorer([flips, noise]), *others([patches])]
+    monkeypatch.setattr(holes, "LEAST", 10**9)
+    before = [*restorer([flips, noise]), *others([patches])]
+    for one, other in zip(after, before, strict=True):
+        assert np.array_equal(one.pixels, other.pixels)
+
+
+def test_without_memory_for_it_holes_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = skimage.data.chelsea()[:200, 100:300]
+    patches, _ = degrade_photograph(clean, 1, area=0.15)
+    restorer = Restorer(checkpoint.read("faces-fast"))
+    whole = Restorer._of_one_size
+
+    def short(self: Restorer, images: list[Pixels]) -> list[Restored]:
+        if images[0].shape == (100, 100, 3):
+            raise MemoryError
+        return whole(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Restorer, "_of_one_size", short)
+        (scarce,) = restorer([patches])
+    (plenty,) = restorer([patches])
+    monkeypatch.setattr(holes, "LEAST", 10**9)
+    (before,) = restorer([patches])
+    assert np.array_equal(scarce.pixels, before.pixels) and not np.array_equal(plenty.pixels, before.pixels)

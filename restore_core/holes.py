@@ -20,6 +20,8 @@ BLOCK = 8
 """A hole is large enough if a square of this side on a grid of such squares is destroyed, pixels."""
 AROUND = 16
 """How far around such squares is looked at with them, in squares."""
+PLAIN_SHARE = 0.7
+"""Of a painted hole's pixels."""
 MOST = 2**22
 """Of a region, pixels: some 60 bytes of memory each."""
 SHARE = 2 / 3
@@ -58,10 +60,22 @@ def regions(destroyed: Destroyed, height: int, width: int) -> list[Region]:
     return [region for region, size in zip(found, sizes, strict=True) if size <= MOST]
 
 
-def painted(destroyed: Mask) -> Mask:
-    """Of destroyed pixels [H, W] those that lie in holes, and not alone."""
+def painted(destroyed: Mask, damaged: Pixels) -> Mask:
+    """Of destroyed pixels [H, W] those in holes that were painted: most pixels there, uint8 [H, W, 3], are like others
+    beside and below or above them. Else the gate may be wrong, and what is there is better seen as it is."""
     gate = torch.where(torch.from_numpy(destroyed), -1.0, 1.0)
-    return np.asarray(destroyed_pixels(gate[None, None])[1][0, 0].numpy())
+    hole = destroyed_pixels(gate[None, None])[1][0, 0].numpy()
+    labels, count = ndimage.label(hole, np.ones((3, 3)))
+    plain = np.logical_and(*(_like_a_neighbour(damaged, axis) for axis in (0, 1)))
+    share = ndimage.mean(plain, labels, np.arange(count + 1))
+    return np.asarray(hole & (share >= PLAIN_SHARE)[labels])
+
+
+def _like_a_neighbour(pixels: Pixels, axis: int) -> Mask:
+    same = (np.diff(pixels, axis=axis) == 0).all(axis=2)
+    before, after = (np.pad(same, [sides if axis == other else (0, 0) for other in range(2)])
+                     for sides in ((1, 0), (0, 1)))  # fmt: skip
+    return np.asarray(before | after)
 
 
 def halved(pixels: Pixels, hole: Mask) -> Pixels:

@@ -250,7 +250,8 @@ class Restorer:
         output = to_uint8(image)
         diagnoses = diagnose(batch, output, survival)
         if survival is not None:
-            self._look_again(list(zip(output.permute(0, 2, 3, 1), (survival[:, 0] < 0).cpu().numpy(), strict=True)))
+            gates = (survival[:, 0] < 0).cpu().numpy()
+            self._look_again(list(zip(images, output.permute(0, 2, 3, 1), gates, strict=True)))
         if survival is not None and len(self.repair) < len(KINDS):
             lost_colour = torch.tensor([gray >= UNDAMAGED_GRAY for gray in diagnoses[3]], device=device)
             output = repair_only(self.repair, batch, output, survival, lost_colour)
@@ -290,7 +291,7 @@ class Restorer:
             sums += evidence(*tensors(block.around), *block.within).double().cpu()
         (sigma,), (flips,), (patches,), (gray,) = verdict(sums, gated=destroyed is not None)
         if destroyed is not None:
-            self._look_again([(torch.from_numpy(output), destroyed)])
+            self._look_again([(image, torch.from_numpy(output), destroyed)])
         if destroyed is not None and len(self.repair) < len(KINDS):
             lost_colour = torch.tensor([gray >= UNDAMAGED_GRAY], device=rung.device)
             for block in blocks:
@@ -301,18 +302,19 @@ class Restorer:
                 output[block.at] = repaired[0, :, *block.within].permute(1, 2, 0).cpu().numpy()
         return Restored(output, sigma, flips, patches, gray)
 
-    def _look_again(self, images: list[tuple[Tensor, holes.Destroyed]]) -> None:
+    def _look_again(self, images: list[tuple[Pixels, Tensor, holes.Destroyed]]) -> None:
         """Fill the large holes of results, in place, also with what is seen at half the size.
 
         Args:
-            images: uint8 [H, W, 3], and which pixels the gate takes for destroyed.
+            images: damaged, restored, both uint8 [H, W, 3], and which pixels the gate takes for destroyed.
         """
         if "patches" not in self.repair:
             return
         found = [
-            (output[region], holes.painted(destroyed[region]))
-            for output, destroyed in images
+            (output[region], hole)
+            for damaged, output, destroyed in images
             for region in holes.regions(destroyed, *output.shape[:2])
+            if (hole := holes.painted(destroyed[region], damaged[region])).any()
         ]
         before = [part.cpu().numpy() for part, _ in found]
         try:

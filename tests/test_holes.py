@@ -93,3 +93,11 @@ def test_without_memory_for_it_holes_stay_as_they_are(monkeypatch: pytest.Monkey
     monkeypatch.setattr(holes, "LEAST", 10**9)
     (before,) = restorer([patches])
     assert np.array_equal(scarce.pixels, before.pixels) and not np.array_equal(plenty.pixels, before.pixels)
+
+
+def test_what_is_not_of_one_colour_is_no_painted_hole() -> None:
+    damaged = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
+    damaged[10:40, 10:30] = 7
+    damaged[10:40, 30:40] = (3, 200, 90)  # two that touch
+    destroyed = mask(60, 90, (10, 10, 40, 40), (10, 60, 40, 80))
+    assert np.array_equal(holes.painted(destroyed, damaged), mask(60, 90, (10, 10, 40, 40)))

@@ -22,6 +22,9 @@ AROUND = 16
 """How far around such squares is looked at with them, in squares."""
 PLAIN_SHARE = 0.7
 """Of a painted hole's pixels."""
+TAKEN_SHARE, LEAST_TAKEN, FULL_SHARE = 0.4, 100, 0.95
+"""Of a rectangle of one colour, to be a patch as a whole: what the gate has taken for one, that in pixels, and what of
+its box has the colour."""
 MOST = 2**22
 """Of a region, pixels: some 60 bytes of memory each."""
 SHARE = 2 / 3
@@ -68,7 +71,23 @@ def painted(destroyed: Mask, damaged: Pixels) -> Mask:
     labels, count = ndimage.label(hole, np.ones((3, 3)))
     plain = np.logical_and(*(_like_a_neighbour(damaged, axis) for axis in (0, 1)))
     share = ndimage.mean(plain, labels, np.arange(count + 1))
-    return np.asarray(hole & (share >= PLAIN_SHARE)[labels])
+    hole &= (share >= PLAIN_SHARE)[labels]
+    return np.asarray(hole | _rest_of_rectangles(hole & plain, damaged))
+
+
+def _rest_of_rectangles(hole: Mask, damaged: Pixels) -> Mask:
+    """Rectangles of one colour of which the gate has taken `TAKEN_SHARE` for a patch or more: it is all of them."""
+    colours = (damaged.astype(np.uint32) * np.array([1 << 16, 1 << 8, 1], np.uint32)).sum(axis=2, dtype=np.uint32)
+    result = np.zeros_like(hole)
+    found, counts = np.unique(colours[hole], return_counts=True)
+    for colour in found[counts >= LEAST_TAKEN]:
+        labels, count = ndimage.label(colours == colour)
+        sizes, taken = (np.bincount(part, minlength=count + 1) for part in (labels.ravel(), labels[hole]))
+        for label, box in enumerate(ndimage.find_objects(labels), start=1):
+            area = (box[0].stop - box[0].start) * (box[1].stop - box[1].start)
+            if taken[label] >= max(LEAST_TAKEN, TAKEN_SHARE * sizes[label]) and sizes[label] >= FULL_SHARE * area:
+                result[box] |= labels[box] == label
+    return result
 
 
 def _like_a_neighbour(pixels: Pixels, axis: int) -> Mask:
@@ -90,12 +109,15 @@ def halved(pixels: Pixels, hole: Mask) -> Pixels:
     return np.ascontiguousarray(small[0].permute(1, 2, 0).numpy())
 
 
-def blended(pixels: Pixels, hole: Mask, small: Pixels) -> Pixels:
-    """uint8 [H, W, 3] whose holes are, to `SHARE`, what the restored picture of half the size has there."""
+def blended(pixels: Pixels, hole: Mask, small: Pixels, destroyed: Mask) -> Pixels:
+    """uint8 [H, W, 3] whose holes are, to `SHARE`, what the restored picture of half the size has there.
+
+    Where the gate had not taken the pixels for destroyed, they are that altogether.
+    """
     height, width = hole.shape
     once = torch.from_numpy(np.ascontiguousarray(small)).permute(2, 0, 1)[None].float()
     twice = F.interpolate(once, scale_factor=2, mode="bilinear", align_corners=False)[0, :, :height, :width]
     result = pixels.copy()
-    found = twice.permute(1, 2, 0).numpy()[hole]
-    result[hole] = np.rint(SHARE * found + (1 - SHARE) * pixels[hole]).astype(np.uint8)
+    share = np.where(destroyed[hole], np.float32(SHARE), np.float32(1))[:, None]
+    result[hole] = np.rint(share * twice.permute(1, 2, 0).numpy()[hole] + (1 - share) * pixels[hole]).astype(np.uint8)
     return result

@@ -311,18 +311,18 @@ class Restorer:
         if "patches" not in self.repair:
             return
         found = [
-            (output[region], hole)
+            (output[region], hole, gate)
             for damaged, output, destroyed in images
             for region in holes.regions(destroyed, *output.shape[:2])
-            if (hole := holes.painted(destroyed[region], damaged[region])).any()
+            if (hole := holes.painted(gate := destroyed[region], damaged[region])).any()
         ]
-        before = [part.cpu().numpy() for part, _ in found]
+        before = [part.cpu().numpy() for part, _, _ in found]
         try:
-            small = self([holes.halved(pixels, hole) for pixels, (_, hole) in zip(before, found, strict=True)])
+            small = self([holes.halved(pixels, hole) for pixels, (_, hole, _) in zip(before, found, strict=True)])
         except MemoryError:  # then they stay as they are
             return
-        for pixels, (part, hole), seen in zip(before, found, small, strict=True):
-            part.copy_(torch.from_numpy(holes.blended(pixels, hole, seen.pixels)))
+        for pixels, (part, hole, gate), seen in zip(before, found, small, strict=True):
+            part.copy_(torch.from_numpy(holes.blended(pixels, hole, seen.pixels, gate)))
 
     def _predict(self, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Float [B, 3, H, W] and survival logits [B, 1, H, W] for uint8. Raises FloatingPointError."""

@@ -42,8 +42,11 @@ def test_half_the_size_shows_what_is_around_a_hole() -> None:
     small = holes.halved(pixels, hole)
     assert small.shape == (4, 5, 3)
     assert (small[1:3, 2] == 0).all() and (small[0] == 100).all() and (small[:, 1] == 100).all()
-    after = holes.blended(pixels, hole, np.full((4, 5, 3), 50, np.uint8))
-    assert (after[~hole] == 100).all() and (after[hole] == 100).all()  # (2 * 50 + 200) / 3
+    after = holes.blended(pixels, hole, np.full((4, 5, 3), 50, np.uint8), mask(7, 9, (2, 3, 6, 5)))
+    assert (after[~hole] == 100).all()
+    assert (after[2:6, 3:5] == 100).all() and (
+        after[2:6, 5] == 50
+    ).all()  # (2 * 50 + 200) / 3, and what the gate missed
 
 
 @pytest.mark.parametrize("name", ["faces", "faces-fast"])
@@ -101,3 +104,14 @@ def test_what_is_not_of_one_colour_is_no_painted_hole() -> None:
     damaged[10:40, 30:40] = (3, 200, 90)  # two that touch
     destroyed = mask(60, 90, (10, 10, 40, 40), (10, 60, 40, 80))
     assert np.array_equal(holes.painted(destroyed, damaged), mask(60, 90, (10, 10, 40, 40)))
+
+
+def test_half_of_a_patch_is_all_of_it() -> None:
+    damaged = np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8)
+    damaged[10:50, 10:50] = (3, 200, 90)
+    half = mask(90, 90, (10, 10, 50, 30))
+    assert np.array_equal(holes.painted(half, damaged), mask(90, 90, (10, 10, 50, 50)))
+    third = mask(90, 90, (10, 10, 50, 23))  # the gate may be right
+    assert np.array_equal(holes.painted(third, damaged), third)
+    damaged[50:60, 10:80] = (3, 200, 90)  # no rectangle
+    assert np.array_equal(holes.painted(half, damaged), half)

@@ -89,8 +89,8 @@ def restoring() -> Iterator[str]:
         )
         if "workers" not in result:
             yield (
-                "Measured when loops by hand took 2**20 pixels at once, had the allocator as it comes, and the network "
-                "alone began cold."
+                "Measured when loops by hand took 2**20 pixels at once and had the allocator as it comes, the network "
+                "alone began cold, and the job did not look at large holes again."
             )
         if "dollars_per_hour" in result:
             yield (

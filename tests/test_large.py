@@ -87,8 +87,10 @@ def test_where_memory_really_ends_smaller_tiles_go_on(tmp_path: Path, model: Pat
 @pytest.mark.faults
 @pytest.mark.parametrize(("file", "most"), [("a.jpg", 2048), ("a.png", 2304)])
 def test_a_hundred_megapixels_fit_a_small_worker(tmp_path: Path, model: Path, file: str, most: int) -> None:
-    """Of 2 GiB; the bundled networks want up to 500 MiB more for a tile than the one here does. A PNG takes more with its
-    codec process, for a moment: 2,223 MB were seen."""
+    """Of 2 GiB; the bundled networks want up to 500 MiB more for a tile than the one here does.
+
+    A PNG takes more than that with its codec process, for a moment: 2,223 MB were seen.
+    """
     save(tmp_path / "in" / file, 10_000, 10_000)
     (row,) = work(tmp_path / "in", tmp_path / "out", model)
     assert (row["status"], row["message"]) == ("restored", None)

@@ -50,7 +50,10 @@ def regions(destroyed: Destroyed, height: int, width: int) -> list[Region]:
     for top in range(0, height // BLOCK * BLOCK, 64 * BLOCK):
         band = destroyed[slice(top, min(top + 64 * BLOCK, height // BLOCK * BLOCK)), columns]
         bands.append(band.reshape(-1, BLOCK, columns.stop // BLOCK, BLOCK).all(axis=(1, 3)))
-    near = ndimage.maximum_filter(np.concatenate(bands), 2 * AROUND + 1)
+    solid = np.concatenate(bands)
+    if not solid.any():
+        return []
+    near = ndimage.maximum_filter(solid, 2 * AROUND + 1)
 
     def pixels(part: slice, count: int, length: int) -> slice:
         return slice(part.start * BLOCK, length if part.stop == count else part.stop * BLOCK)
@@ -83,10 +86,12 @@ def _rest_of_rectangles(hole: Mask, damaged: Pixels) -> Mask:
     for colour in found[counts >= LEAST_TAKEN]:
         labels, count = ndimage.label(colours == colour)
         sizes, taken = (np.bincount(part, minlength=count + 1) for part in (labels.ravel(), labels[hole]))
-        for label, box in enumerate(ndimage.find_objects(labels), start=1):
-            area = (box[0].stop - box[0].start) * (box[1].stop - box[1].start)
-            if taken[label] >= max(LEAST_TAKEN, TAKEN_SHARE * sizes[label]) and sizes[label] >= FULL_SHARE * area:
-                result[box] |= labels[box] == label
+        boxes = ndimage.find_objects(labels)
+        # What has not the colour is 0. Noise may have thousands of it, of which few are taken.
+        for label in np.flatnonzero(taken[1:] >= np.maximum(LEAST_TAKEN, TAKEN_SHARE * sizes[1:])) + 1:
+            rows, columns = boxes[label - 1]
+            if sizes[label] >= FULL_SHARE * (rows.stop - rows.start) * (columns.stop - columns.start):
+                result[rows, columns] |= labels[rows, columns] == label
     return result
 
 

@@ -436,21 +436,30 @@ def _encode_png(
         if picture.alpha is not None and isinstance(key, (int, tuple)):
             values = _keyed(_values(pixels, replace(picture, alpha=None), depth), picture.alpha, key)
             transparency = [chunk for chunk in png.chunks(source) if chunk[0] == b"tRNS"]
-        else:
-            values = _values(pixels, picture, depth)
-        if _has_deep_colour(picture):
-            new = _deep_png(values)
-        elif depth < 8:
-            new = _shallow_png(values, depth)
-        else:
-            new = _saved(Image.fromarray(values), "PNG", compress_level=1)
+            new = _png_of(values, depth)
+        elif depth < 8 or _has_deep_colour(picture):
+            new = _png_of(_values(pixels, picture, depth), depth)
+        else:  # without an array of it in between: such pictures may be large
+            new = _saved(_image(pixels, picture), "PNG", compress_level=1)
     return _png_like(source, list(png.chunks(new)), transparency, block, strip)
+
+
+def _png_of(values: Native, depth: int) -> bytes:
+    if depth < 8:
+        return _shallow_png(values, depth)
+    if values.dtype == np.uint16 and values.ndim == 3:
+        return _deep_png(values)
+    return _saved(Image.fromarray(values), "PNG", compress_level=1)
 
 
 def _png_like(source: bytes, new: list[png.Chunk], transparency: list[png.Chunk], block: bytes, strip: bool) -> bytes:
     """The new file's pixels among the source's ancillary chunks, byte for byte."""
     has_palette = any(kind == b"PLTE" for kind, _ in new)  # another one, of which a background would name a colour
-    old = [chunk for chunk in png.chunks(source) if not (chunk[0] == b"bKGD" and has_palette)]
+    old = [
+        (kind, b"" if kind in _PNG_PIXELS else body)
+        for kind, body in png.chunks(source)
+        if not (kind == b"bKGD" and has_palette)
+    ]
     first = next((index for index, (kind, _) in enumerate(old) if kind == b"IDAT"), len(old))
     before = [chunk for chunk in old[:first] if _is_kept(chunk[0], strip)]
     following = b"" if strip else png.following(source)

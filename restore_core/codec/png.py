@@ -42,9 +42,10 @@ def exif_text(info: Mapping[Any, Any]) -> bytes:
 
 
 def joined(chunks: Iterable[Chunk]) -> bytes:
-    return SIGNATURE + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
-    )
+    pieces = [SIGNATURE]
+    for kind, body in chunks:  # bodies are not copied but once: of large pictures they are what memory goes to
+        pieces += [struct.pack(">I", len(body)), kind, body, struct.pack(">I", zlib.crc32(body, zlib.crc32(kind)))]
+    return b"".join(pieces)
 
 
 def depth_and_colour(png: bytes) -> tuple[int, int]:

@@ -86,6 +86,8 @@ class FaultProxy:
         """By method and BUCKET/KEY."""
         self.unanswered = 0
         """Requests that the server itself did not answer, as happens with a busy one; since the faults were set."""
+        self.keys_a_page: int | None = None
+        """Of listings, where less than the server's thousand is wanted."""
         self.hosts: set[str] = set()
         """What the requests said in their header Host."""
         self._upstream = urllib.parse.urlsplit(upstream).netloc
@@ -211,7 +213,10 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
                     proxy.count(fault)
                     self._reset()
                     return
-            status, reason, headers, content = proxy.forward(self.command, self.path, dict(self.headers), body)
+            path = self.path
+            if listing and proxy.keys_a_page and "max-keys=" not in url.query:
+                path += f"&max-keys={proxy.keys_a_page}"
+            status, reason, headers, content = proxy.forward(self.command, path, dict(self.headers), body)
             for fault in drawn:
                 if fault.kind == "lost_answer":
                     proxy.count(fault)

@@ -9,7 +9,7 @@ import pytest
 from photos import png_of
 from PIL import Image, ImageCms, ImageOps
 
-from restore_core.codec import decode, encode, without_metadata
+from restore_core.codec import colour, decode, encode, without_metadata
 from restore_core.errors import ItemError
 
 SOFTWARE = "restore_core (model tiny)"
@@ -304,8 +304,23 @@ def test_a_palette_stays_a_palette_of_the_same_depth(name: str, colours: int, op
     assert np.abs(pixels[AREA].mean(axis=(0, 1)) - [200, 120, 40]).max() <= limit
 
 
+@pytest.fixture(params=[2**24, 64], ids=["one row", "rows"])
+def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of so many pixels, as Pillow is handed those that are looked up together."""
+    monkeypatch.setattr(colour, "_ROW", request.param)
+
+
+def test_more_colours_than_pillow_takes_in_a_row() -> None:
+    """One that was: a palette of 100 megapixels."""
+    colours = np.zeros((90_000_000, 3), np.uint8)
+    colours[-1] = 7
+    values = np.asarray(colour._image_of(colours)).reshape(-1, 3)
+    assert (values[len(colours) - 1] == 7).all() and not values[: len(colours) - 1].any()
+
+
 @pytest.mark.parametrize(("name", "bits"), [("PNG", 2), ("PNG", 8), ("GIF", 8), ("BMP", 8), ("TIFF", 8)])
 @pytest.mark.parametrize("clear", [False, True])
+@pytest.mark.usefixtures("rows")
 def test_a_palette_is_kept_where_a_new_one_fits_no_better(name: str, bits: int, clear: bool) -> None:
     if clear and name not in ("PNG", "GIF"):
         return
@@ -329,6 +344,7 @@ def test_a_palette_is_kept_where_a_new_one_fits_no_better(name: str, bits: int, 
 
 
 @pytest.mark.parametrize("levels", [2, 9])
+@pytest.mark.usefixtures("rows")
 def test_alpha_of_a_palette_is_untouched(levels: int) -> None:
     steps = np.linspace(0, 255, levels).astype(np.uint8)
     clear = steps[np.arange(WIDTH) * levels // WIDTH][None].repeat(HEIGHT, 0)

@@ -1354,6 +1354,26 @@ def test_of_two_drivers_on_one_output_exactly_one_works(
     assert files_of(tmp_path) == uninterrupted
 
 
+@pytest.mark.faults
+def test_of_drivers_that_begin_at_once_on_a_bucket_exactly_one_works(
+    s3: str, moto_client: "S3Client", many: Path, uninterrupted: dict[str, bytes], small_model: Models
+) -> None:
+    for key in uninterrupted:
+        moto_client.put_object(Bucket="photos", Key=f"in/{key}", Body=(many / key).read_bytes())
+    options = "--input", "s3://photos/in", "--output", "s3://photos/out", "--model", small_model(1), "--batch-size", 1
+    drivers = [start(*options, "--workers", 1) for _ in range(3)]
+    ended = [(*driver.communicate(timeout=300), driver.returncode) for driver in drivers]
+    assert sorted(code for *_, code in ended) == [0, 2, 2], ended
+    for _, err, code in ended:
+        assert (code == 2) == ("error: --output s3://photos/out: another restore is at work there" in err), err
+        assert "Traceback" not in err
+    found = moto_client.list_objects_v2(Bucket="photos", Prefix="out/")["Contents"]
+    keys = {item["Key"].removeprefix("out/") for item in found}
+    written = {key for key in keys if not key.startswith("_restore/")}
+    bodies = {key: moto_client.get_object(Bucket="photos", Key=f"out/{key}")["Body"].read() for key in written}
+    assert bodies == uninterrupted and "_restore/lease.json" not in keys
+
+
 def test_a_driver_that_is_asked_to_stop_closes_its_account(
     tmp_path: Path, run: Run, many: Path, uninterrupted: dict[str, bytes], small_model: Models
 ) -> None:

@@ -96,6 +96,7 @@ def only_proxy(moto_client: "S3Client") -> Iterator[FaultProxy]:
 def proxy(s3: str, only_proxy: FaultProxy) -> Iterator[FaultProxy]:
     yield only_proxy
     only_proxy.set()
+    only_proxy.keys_a_page = None
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +262,7 @@ def test_a_bucket_that_asks_to_slow_down(
     # What happens is drawn from the names, and of sixty others none was asked to slow down at 1 %.
     files = {f"{number:02} of {count}.jpg": encoded(number) for number in range(count)}
     fill(moto_client, files)
+    proxy.keys_a_page = 7
     proxy.set(Fault(kind="slow_down", share=share))
     result = jobs.restore("s3://photos/raw", "s3://photos/out")
     assert result.code == 0, result.err
@@ -278,6 +280,7 @@ def test_a_bucket_where_everything_happens(
     files = {f"{number:03}.jpg": encoded(number) for number in range(120)}
     fill(moto_client, files)
     kinds: tuple[Kind, ...] = ("error", "refused", "lost_answer", "reset", "truncated", "short", "garbled")
+    proxy.keys_a_page = 7
     proxy.set(
         Fault(kind="slow_down", share=0.01), Fault(kind="latency", share=0.01, seconds=10),
         *(Fault(kind=kind, share=0.04) for kind in kinds),
@@ -286,6 +289,7 @@ def test_a_bucket_where_everything_happens(
     print(f"{proxy.injected}, {sum(proxy.requests.values())} requests, {result.out}")
     assert result.code == 0, result.err
     assert all(proxy.injected[kind] for kind in (*kinds, "latency"))
+    assert proxy.requests["LIST", "photos"] > len(files) / 7
     assert_like_a_quiet_run(jobs, proxy, moto_client, files, tmp_path / "report.json")
 
 

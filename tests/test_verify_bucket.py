@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -112,6 +113,32 @@ def test_a_bucket(s3: str, moto_client: "S3Client", tmp_path: Path, restore: Res
         ("missing", "album/3 é&.png"),
         ("changed", "album/4 é&.png"),
     }
+
+
+def test_outputs_are_read_side_by_side(
+    tmp_path: Path, restore: Restore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In several processes, and of one process in several threads: each waits for another that reads."""
+    source, output, notes = write_tree(tmp_path / "in", FILES), tmp_path / "out", tmp_path / "notes"
+    assert restore(source, output) == 0
+    notes.mkdir()
+
+    class Waiting(LocalStorage):  # of this function, so that Ray carries it to its workers
+        def read(self, key: str) -> bytes:
+            own = f"{os.getpid()} "
+            (notes / (own + Path(key).name)).touch()
+            for _ in range(600):
+                begun = [path.name for path in notes.iterdir()]
+                if len({name.split()[0] for name in begun}) > 1 and sum(name.startswith(own) for name in begun) > 1:
+                    return super().read(key)
+                time.sleep(0.1)
+            raise ItemError("read", "nobody else reads")
+
+    monkeypatch.setattr(verification, "UNIT_FILES", 2)
+    monkeypatch.setattr("restore_core.storage.open_storage", lambda uri, **_: Waiting(Path(uri)))
+    capsys.readouterr()
+    assert verify_bucket.main(VerifyBucket(input=str(source), output=str(output))) == 0
+    assert "6 outputs hashed, 0 wrong" in capsys.readouterr().out
 
 
 def test_a_storage_that_fails_in_a_worker_is_told_in_the_last_line(

@@ -16,6 +16,7 @@ Pixels = npt.NDArray[np.uint8]
 Native = npt.NDArray[Any]
 """uint8 or uint16; see `Picture.native`."""
 
+_ROW = 2**24
 _BAND_PIXELS = 2**22
 """Converted at a time: intermediate values take up to 48 bytes a pixel."""
 
@@ -181,8 +182,9 @@ def _with_own_palette(
         entries = np.flatnonzero(alphas == level) if alpha is not None else np.arange(len(palette))
         choice = Image.new("P", (1, 1))
         choice.putpalette(palette[np.resize(entries, 256)].tobytes())
-        nearest = Image.fromarray(restored[here][np.newaxis]).quantize(palette=choice, dither=Image.Dither.NONE)
-        index[here] = np.resize(entries, 256)[np.asarray(nearest)[0]]
+        some = restored[here]
+        nearest = _image_of(some).quantize(palette=choice, dither=Image.Dither.NONE)
+        index[here] = np.resize(entries, 256)[_values_of(nearest, len(some))]
     image = Image.fromarray(index)
     image.putpalette(palette.tobytes())
     return image, b"" if alpha is None else alphas.tobytes()
@@ -195,14 +197,28 @@ def _with_new_palette(restored: Pixels, alpha: Pixels, colours: int) -> tuple[Im
     visible = max(1, int(counts[levels > 0].sum()))
     for level, count in zip(levels, counts, strict=True):
         size = 1 + (int((colours - len(levels)) * count / visible) if level else 0)  # nobody sees what is transparent
-        part = Image.fromarray(restored[alpha == level][np.newaxis]).quantize(size, Image.Quantize.MEDIANCUT)
-        index[alpha == level] = np.asarray(part)[0] + len(alphas)
+        part = _image_of(restored[alpha == level]).quantize(size, Image.Quantize.MEDIANCUT)
+        index[alpha == level] = _values_of(part, int(count)) + len(alphas)
         used = (part.getpalette() or [])[: 3 * (int(np.asarray(part).max()) + 1)]
         entries += bytes(used)
         alphas += bytes([level]) * (len(used) // 3)
     image = Image.fromarray(index)
     image.putpalette(entries)  # which makes it mode P
     return image, alphas
+
+
+def _image_of(colours: Pixels) -> Image.Image:
+    """Of [N, 3] values: one row, or where Pillow takes none so long (from 89 million on) several, filled up."""
+    if len(colours) <= _ROW:
+        return Image.fromarray(colours[np.newaxis])
+    filled = np.concatenate([colours, colours[: -len(colours) % _ROW]])
+    return Image.fromarray(filled.reshape(-1, _ROW, 3))
+
+
+def _values_of(image: Image.Image, count: int) -> Pixels:
+    """The other way: [N]."""
+    values: Pixels = np.asarray(image).reshape(-1)[:count]
+    return values
 
 
 def steps_of(values: Pixels, bits: int) -> Pixels:

@@ -144,7 +144,7 @@ def _count(data: bytes, max_pixels: int, frames: Frames) -> int:
             open_header(data, max_pixels=max_pixels).load()
         if frames == "first":
             return 1
-        what = f"{image.format} with damaged frames or pages behind the first ({error or type(error).__name__})"
+        what = f"{image.format} with damaged frames or pages behind the first ({str(error) or type(error).__name__})"
         raise ItemError("unsupported", one_line(f"{what}; use --frames first")) from error
 
 
@@ -297,7 +297,7 @@ def _decoding(data: bytes) -> Iterator[None]:
         if "truncated" in str(error).lower() or _is_cut_off(data):
             raise _cut_off(data) from error
         kind: ErrorClass = "decode"
-        message = f"the file is damaged: {error or type(error).__name__}"
+        message = f"the file is damaged: {str(error) or type(error).__name__}"
         if isinstance(error, UnidentifiedImageError):
             message = "the file's header is damaged, or of a kind that cannot be read"
             if not _has_signature(data):

@@ -73,7 +73,7 @@ def encode(pixels: Pixels, source: bytes, *, picture: Picture, software: str, st
         return bmp.encoded(_image(pixels, picture), source)
     except (*BROKEN_FILE, MemoryError) as error:
         raise ItemError(
-            "encode", one_line(f"cannot write as {original.format}: {error or type(error).__name__}")
+            "encode", one_line(f"cannot write as {original.format}: {str(error) or type(error).__name__}")
         ) from error
 
 
@@ -187,7 +187,7 @@ def join(
             raise ItemError("encode", "the animation's transparency cannot be written as it was; use --frames first")
         return joined
     except (*BROKEN_FILE, MemoryError) as error:
-        raise ItemError("encode", one_line(f"cannot join the frames: {error or type(error).__name__}")) from error
+        raise ItemError("encode", one_line(f"cannot join the frames: {str(error) or type(error).__name__}")) from error
 
 
 def _animation(

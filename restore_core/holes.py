@@ -32,6 +32,7 @@ SHARE = 2 / 3
 
 Pixels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
+Colours = npt.NDArray[np.uint32]
 Region = tuple[slice, slice]
 
 
@@ -72,15 +73,15 @@ def painted(destroyed: Mask, damaged: Pixels) -> Mask:
     gate = torch.where(torch.from_numpy(destroyed), -1.0, 1.0)
     hole = destroyed_pixels(gate[None, None])[1][0, 0].numpy()
     labels, count = ndimage.label(hole, np.ones((3, 3)))
-    plain = np.logical_and(*(_like_a_neighbour(damaged, axis) for axis in (0, 1)))
-    share = ndimage.mean(plain, labels, np.arange(count + 1))
-    hole &= (share >= PLAIN_SHARE)[labels]
-    return np.asarray(hole | _rest_of_rectangles(hole & plain, damaged))
+    colours = np.pad(damaged, ((0, 0), (0, 0), (0, 1))).view(np.uint32)[:, :, 0]  # as one number each
+    plain = _like_a_neighbour(colours, 0) & _like_a_neighbour(colours, 1)
+    sizes, plain_sizes = (np.bincount(some, minlength=count + 1) for some in (labels[hole], labels[hole & plain]))
+    hole &= (plain_sizes >= PLAIN_SHARE * sizes)[labels]
+    return np.asarray(hole | _rest_of_rectangles(hole & plain, colours))
 
 
-def _rest_of_rectangles(hole: Mask, damaged: Pixels) -> Mask:
+def _rest_of_rectangles(hole: Mask, colours: Colours) -> Mask:
     """Rectangles of one colour of which the gate has taken `TAKEN_SHARE` for a patch or more: it is all of them."""
-    colours = (damaged.astype(np.uint32) * np.array([1 << 16, 1 << 8, 1], np.uint32)).sum(axis=2, dtype=np.uint32)
     result = np.zeros_like(hole)
     found, counts = np.unique(colours[hole], return_counts=True)
     for colour in found[counts >= LEAST_TAKEN]:
@@ -95,11 +96,13 @@ def _rest_of_rectangles(hole: Mask, damaged: Pixels) -> Mask:
     return result
 
 
-def _like_a_neighbour(pixels: Pixels, axis: int) -> Mask:
-    same = (np.diff(pixels, axis=axis) == 0).all(axis=2)
-    before, after = (np.pad(same, [sides if axis == other else (0, 0) for other in range(2)])
-                     for sides in ((1, 0), (0, 1)))  # fmt: skip
-    return np.asarray(before | after)
+def _like_a_neighbour(colours: Colours, axis: int) -> Mask:
+    colours = np.moveaxis(colours, axis, 0)
+    result = np.zeros(colours.shape, bool)
+    same = colours[1:] == colours[:-1]
+    result[1:] = same
+    result[:-1] |= same
+    return np.moveaxis(result, 0, axis)
 
 
 def halved(pixels: Pixels, hole: Mask) -> Pixels:

@@ -3,13 +3,14 @@
 import contextlib
 import threading
 from collections import defaultdict
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from restore_core import checkpoint, holes, memory, streaming, strips, tiles
 from restore_core.checkpoint import ModelFolder
@@ -34,7 +35,6 @@ from restore_core.model import (
     ResidualUNet,
     each,
     exact_float32,
-    fewest_values,
     gpu_bfloat16,
     pad_to_multiple,
 )
@@ -176,14 +176,15 @@ class Restorer:
         if precision == "bfloat16" and self.device.type == "cuda" and not gpu_bfloat16(self.device):
             raise UsageError("--precision bfloat16: GPUs have it since Ampere, and this is an older one; leave it out")
         self.networks: dict[torch.device, Autoencoder | ResidualUNet] = {}
-        self.least_alone = NATIVE_VALUES / fewest_values(self.network(self.device))
-        """An image of no more pixels goes through the network on the CPU twice where it would be alone."""
         self._thread = threading.local()
+        self.network(self.device)
 
     def network(self, device: torch.device) -> Autoencoder | ResidualUNet:
         """The network on a device; on the CPU beside a GPU only once it is needed there."""
         if device not in self.networks:
             network = checkpoint.load(self.folder, device)
+            if device == CPU:
+                never_alone(network)
             self.networks[device] = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self.networks[device]
 
@@ -332,14 +333,10 @@ class Restorer:
         return _checked(batch, prediction)
 
     def _forward(self, batch: Tensor, device: torch.device) -> Prediction:
-        count, _, height, width = batch.shape
-        if device == CPU and count == 1 and height * width <= self.least_alone:
-            # What comes out must not depend on what else there was to do, or a resumed run would write other bytes.
-            batch = batch.expand(2, -1, -1, -1)
         x = (batch.float() / 255).contiguous(memory_format=torch.channels_last)
         with self._autocast(device):
             prediction = self.network(device)(x)
-        return each(lambda part: part[:count].float(), prediction)
+        return each(Tensor.float, prediction)
 
     def _from_top(self, image: Pixels, rung: Rung) -> strips.Results:
         """The same as `_predict` for one image [H, W, 3], from top to bottom."""
@@ -386,6 +383,20 @@ class Restorer:
         fast = gpu_bfloat16(device) if self.precision == "auto" else self.precision == "bfloat16"
         # All threads would share its cache of weights.
         return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
+
+
+def never_alone(network: nn.Module) -> None:
+    """Have convolutions of one image and few values done as those of several are.
+
+    What comes out must not depend on what else there was to do, or a resumed run would write other bytes.
+    """
+
+    def convolved(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return forward(x) if len(x) > 1 or x.numel() > NATIVE_VALUES else forward(torch.cat([x, x]))[:1]
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            module.forward = partial(convolved, module.forward)  # type: ignore[method-assign]
 
 
 def _from_device(values: Tensor) -> Tensor:

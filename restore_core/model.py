@@ -221,24 +221,6 @@ def count_macs(config: ModelConfig, height: int, width: int) -> int:
         return macs_of(build(config), height, width)
 
 
-@torch.inference_mode()
-def fewest_values(network: Autoencoder | ResidualUNet) -> float:
-    """Of all convolutions, the fewest values that one is given, for each pixel of the image.
-
-    Looked at on the smallest image: on `meta` adding imports torch's compiler, a second and a half for each process.
-    """
-    side, counts = network.multiple, []
-    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)]
-    hooks = [
-        module.register_forward_pre_hook(lambda module, inputs: counts.append(inputs[0].numel()))
-        for module in convolutions
-    ]
-    network(torch.zeros(1, 3, side, side, device=convolutions[0].weight.device))
-    for hook in hooks:
-        hook.remove()
-    return float(min(counts) / side**2)
-
-
 def macs_of(model: nn.Module, height: int, width: int) -> int:
     """The same of a network that was built on the device `meta`, where nothing is computed."""
     total = 0

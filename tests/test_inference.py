@@ -348,8 +348,6 @@ def painting_gate(restorer: Restorer, destroyed: Tensor, damaged: Tensor) -> Non
 def gate_that_knows(
     restorer: Restorer, destroyed: Tensor, damaged: Tensor, says: Callable[[Tensor, Tensor], Prediction]
 ) -> None:
-    restorer.least_alone = 0.0
-
     def tell(x: Tensor, prediction: Prediction) -> Prediction:
         height, width = x.shape[-2:]
         for top in range(damaged.shape[-2] - height + 1):
@@ -387,7 +385,6 @@ def short_of_memory(
 ) -> list[tuple[int, ...]]:
     """Let the real network fail on more than so many pixels at once. Returns the sizes that it was given, in turn."""
     seen = []
-    restorer.least_alone = 0.0  # else small images that are alone would count twice
 
     def allocate(image: Tensor, prediction: Prediction) -> Prediction:
         size = image.shape

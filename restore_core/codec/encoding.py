@@ -557,24 +557,11 @@ def _encode_tiff(
     pixels: Pixels, picture: Picture, original: TiffImageFile, source: bytes, software: str, strip: bool
 ) -> bytes:
     """Write the pixels, then append a directory that also holds the source's tags (Pillow loses some)."""
-    compression = original.info.get("compression")
-    icc_profile = original.info.get("icc_profile")
     if _has_deep_colour(picture):
-        tiff = bytearray(_deep_tiff(_native(pixels, picture), "zlib" if compression != "raw" else None, icc_profile))
+        compression = None if original.info.get("compression") == "raw" else "zlib"
+        tiff = bytearray(_deep_tiff(_native(pixels, picture), compression, original.info.get("icc_profile")))
     else:
-        if picture.mode == "P":
-            image, _ = colour.with_palette(pixels, None, 256, as_stored(original))
-        else:
-            image = _image(pixels, picture)
-        tiff = bytearray(
-            _saved(
-                image,
-                "TIFF",
-                compression=compression if compression in _TIFF_LOSSLESS else "tiff_adobe_deflate",
-                icc_profile=icc_profile,
-                tiffinfo={317: 2} if original.tag_v2.get(317) == 2 else {},
-            )
-        )
+        tiff = bytearray(_plain_tiff(pixels, picture, original))
     layout, _ = exif.read_ifd(tiff, exif.first_ifd(tiff))
     entries = {entry.tag: entry for entry in layout}
     tags = [
@@ -587,6 +574,22 @@ def _encode_tiff(
         entries[exif.SOFTWARE] = exif.text_entry(exif.SOFTWARE, software)
     exif.write_first_ifd(tiff, entries.values(), 0)
     return bytes(tiff)
+
+
+def _plain_tiff(pixels: Pixels, picture: Picture, original: TiffImageFile) -> bytes:
+    """The pixels alone, as Pillow writes them."""
+    if picture.mode == "P":
+        image, _ = colour.with_palette(pixels, None, 256, as_stored(original))
+    else:
+        image = _image(pixels, picture)
+    compression = original.info.get("compression")
+    return _saved(
+        image,
+        "TIFF",
+        compression=compression if compression in _TIFF_LOSSLESS else "tiff_adobe_deflate",
+        icc_profile=original.info.get("icc_profile"),
+        tiffinfo={317: 2} if original.tag_v2.get(317) == 2 else {},
+    )
 
 
 def _deep_tiff(deep: Native, compression: str | None, icc_profile: bytes | None) -> bytes:

@@ -25,6 +25,8 @@ PLAIN_SHARE = 0.7
 TAKEN_SHARE, LEAST_TAKEN, FULL_SHARE = 0.4, 100, 0.95
 """Of a rectangle of one colour, to be a patch as a whole: what the gate has taken for one, that in pixels, and what of
 its box has the colour."""
+MOST_COLOURS = 32
+"""So many may be looked at: a picture whose pixels were doubled has many with others of their colour beside them."""
 MOST = 2**22
 """Of a region, pixels: some 60 bytes of memory each."""
 SHARE = 2 / 3
@@ -84,7 +86,8 @@ def _rest_of_rectangles(hole: Mask, colours: Colours) -> Mask:
     """Rectangles of one colour of which the gate has taken `TAKEN_SHARE` for a patch or more: it is all of them."""
     result = np.zeros_like(hole)
     found, counts = np.unique(colours[hole], return_counts=True)
-    for colour in found[counts >= LEAST_TAKEN]:
+    commonest = np.argsort(-counts, kind="stable")[:MOST_COLOURS]
+    for colour in found[commonest][counts[commonest] >= LEAST_TAKEN]:
         labels, count = ndimage.label(colours == colour)
         sizes, taken = (np.bincount(part, minlength=count + 1) for part in (labels.ravel(), labels[hole]))
         boxes = ndimage.find_objects(labels)

@@ -7,11 +7,11 @@ import zlib
 import numpy as np
 import pytest
 from photos import pixels, png_of
-from PIL import Image
+from PIL import Image, ImageCms, ImageDraw, ImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from restore_core import exif
-from restore_core.codec import decode, encode, jpeg, png, without_metadata
+from restore_core.codec import decode, encode, encoding, jpeg, png, without_metadata
 from restore_core.errors import ItemError
 
 
@@ -93,6 +93,30 @@ def test_jpeg_2000_of_several_pictures_is_refused() -> None:
     assert "several pictures" in failing(jp2(times=2), "unsupported")
 
 
+def test_what_is_small_on_an_empty_page_of_jpeg_2000_stays() -> None:
+    """A mean error over all of it would allow the few letters to be destroyed."""
+    page = Image.new("RGB", (512, 512), (245, 245, 245))
+    ImageDraw.Draw(page).text((380, 480), "Photo 1923", (20, 30, 90))
+    for image in (page, Image.new("RGB", (8, 8), (90, 30, 200)), Image.new("L", (1, 1), 77)):
+        source = file_of(image, "JPEG2000", irreversible=True)
+        picture = decode(source)
+        after = decode(encode(picture.pixels, source, picture=picture, software="test"))
+        assert np.abs(after.pixels.astype(int) - picture.pixels).max() <= 3
+
+
+@pytest.mark.parametrize("irreversible", [False, True])
+def test_jpeg_2000_too_large_for_one_tile_is_written_in_several(
+    irreversible: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "_TILE", 64)
+    monkeypatch.setattr(encoding, "_TILE_BITS", 8 * 3 * 100 * 150)
+    source = file_of(photograph("RGB", 100, 150), "JPEG2000", irreversible=irreversible)
+    after = restored(source, 0)
+    assert after.count(b"\xff\x90\0\x0a") == 6
+    assert restored(file_of(photograph(), "JPEG2000")).count(b"\xff\x90\0\x0a") == 1
+    assert np.abs(decode(after).pixels.astype(int) - decode(source).pixels).max() <= (3 if irreversible else 0)
+
+
 # --- JPEG ------------------------------------------------------------------------------------------------------------
 
 
@@ -137,7 +161,45 @@ def test_tables_are_pillows() -> None:
     assert jpeg.finest_tables(source) == Image.open(io.BytesIO(source)).quantization
 
 
-@pytest.mark.parametrize("code", [0xC5, 0xC6, 0xCD, 0xCE])
+@pytest.mark.parametrize("height", [65_501, 65_535])
+def test_a_jpeg_longer_than_libjpeg_reads_is_refused_by_name(height: int) -> None:
+    source = file_of(photograph("L", 24, 16), "JPEG")
+    at = source.index(b"\xff\xc0") + 5
+    long = source[:at] + height.to_bytes(2, "big") + source[at + 2 :]
+    assert failing(long, "unsupported") == "JPEG with a side of more than 65500 pixels; convert it to PNG or TIFF first"
+
+
+def test_an_avif_wider_than_libavif_reads_is_refused_by_name() -> None:
+    wide = file_of(Image.new("L", (32_769, 2)), "AVIF", speed=10)
+    expected = "AVIF with a side of more than 32768 pixels; convert it to JPEG, PNG or TIFF first"
+    assert failing(wide, "unsupported") == expected
+    assert decode(file_of(Image.new("L", (32_768, 2)), "AVIF", speed=10)).width == 32_768
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError("out of memory error when writing image file")], ids=repr)
+def test_too_little_memory_to_write_is_told_as_that(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = file_of(photograph(), "PNG")
+    picture = decode(source)
+
+    def save(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(ItemError, match="cannot write as PNG: not enough memory") as raised:
+        encode(picture.pixels, source, picture=picture, software="test")
+    assert raised.value.error == "out_of_memory"
+
+
+def test_too_little_memory_to_read_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(_: object) -> None:
+        raise OSError("out of memory error when reading image file")
+
+    source = file_of(photograph(), "JPEG")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    assert "not enough memory" in failing(source, "out_of_memory")
+
+
+@pytest.mark.parametrize("code", [0xC5, 0xC6, 0xCD, 0xCE, 0xDE])
 def test_hierarchical_jpeg_is_refused_by_name(code: int) -> None:
     data = file_of(photograph(), "JPEG").replace(b"\xff\xc0", bytes([0xFF, code]), 1)
     assert failing(data, "unsupported").startswith("hierarchical JPEG")
@@ -214,6 +276,26 @@ def test_an_interlaced_png_needs_all_its_passes(height: int, width: int) -> None
 def test_a_large_png_is_counted_in_pieces() -> None:
     black = file_of(Image.new("RGB", (3000, 2000)), "PNG")
     assert decode(black).width == 3000
+
+
+def test_a_large_png_is_counted_in_pieces_of_its_own_pieces() -> None:
+    """Whose compressed pixels are one chunk of several megabytes."""
+    values = np.random.default_rng(0).integers(0, 256, (1200, 1000, 3), np.uint8)
+    values[-1] = 0
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    header = (b"IHDR", struct.pack(">IIBBBBB", 1000, 1200, 8, 2, 0, 0, 0))
+    whole, short = (png_of(header, (b"IDAT", zlib.compress(part, 0)), (b"IEND", b"")) for part in (rows, rows[:-1]))
+    assert np.array_equal(decode(whole).pixels, values)
+    failing(short, "truncated")
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
+def test_long_texts_and_profiles_of_a_png_stay(kind: bytes) -> None:
+    long = zlib.compress(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() + bytes(2_000_000))
+    body = {b"zTXt": b"Comment\0\0", b"iTXt": b"Comment\0\1\0\0\0", b"iCCP": b"sRGB\0\0"}[kind] + long
+    first, *others = png.chunks(file_of(photograph(), "PNG"))
+    source = png_of(first, (kind, body), *others)
+    assert (kind, body) in png.chunks(restored(source))
 
 
 def test_apples_own_png_is_refused_by_name() -> None:

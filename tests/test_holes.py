@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import skimage.data
 from PIL import Image
+from scipy import ndimage
 
 from restore_core import checkpoint, holes, strips
 from restore_core.config import KINDS
@@ -104,6 +105,21 @@ def test_what_is_not_of_one_colour_is_no_painted_hole() -> None:
     damaged[10:40, 30:40] = (3, 200, 90)  # two that touch
     destroyed = mask(60, 90, (10, 10, 40, 40), (10, 60, 40, 80))
     assert np.array_equal(holes.painted(destroyed, damaged), mask(60, 90, (10, 10, 40, 40)))
+
+
+def test_of_many_colours_some_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a picture whose pixels were doubled all are like others beside them."""
+    small = np.random.default_rng(0).integers(0, 6, (100, 100, 3), np.uint8) * 40
+    labelled = []
+    label = ndimage.label
+
+    def counted(*arguments: object) -> object:
+        labelled.append(1)
+        return label(*arguments)
+
+    monkeypatch.setattr(ndimage, "label", counted)
+    holes.painted(mask(200, 200, (10, 10, 190, 190)), small.repeat(2, 0).repeat(2, 1))
+    assert len(labelled) == 1 + holes.MOST_COLOURS
 
 
 def test_half_of_a_patch_is_all_of_it() -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 _CONTAINERS = (b"moov", b"trak", b"udta")
 _METADATA = (b"Exif", b"mime")
 _NCLX = re.compile(rb"colrnclx(.{4})", re.DOTALL)
+_HEAD_BYTES = 2**16
+"""Within which a file describes its pictures."""
 _IGNORED = b"skip"
 """An item type that no reader knows, and therefore passes over."""
 
@@ -54,6 +56,12 @@ def is_whole(source: bytes) -> bool:
         return b"mdat" in {kind for kind, _, _ in _boxes(source, 0, len(source))}
     except ValueError:
         return False
+
+
+def longest_side(source: bytes) -> int:
+    """Of all that it describes (boxes ispe), pixels; 0 where it says nothing."""
+    found = re.finditer(rb"ispe\0\0\0\0(.{8})", source[:_HEAD_BYTES], re.DOTALL)
+    return max((max(struct.unpack(">II", match[1])) for match in found), default=0)
 
 
 def unsupported(source: bytes) -> str | None:

@@ -184,7 +184,7 @@ def _with_own_palette(
         choice.putpalette(palette[np.resize(entries, 256)].tobytes())
         some = restored[here]
         nearest = _image_of(some).quantize(palette=choice, dither=Image.Dither.NONE)
-        index[here] = np.resize(entries, 256)[_values_of(nearest, len(some))]
+        index[here] = np.resize(entries, 256).astype(np.uint8)[_values_of(nearest, len(some))]
     image = Image.fromarray(index)
     image.putpalette(palette.tobytes())
     return image, b"" if alpha is None else alphas.tobytes()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -27,6 +27,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000")
 
 Frames = Literal["refuse", "first", "all"]
 """What to do with files of several pictures: refuse them, take the first picture alone, or all of them."""
+
+# A profile, XMP or what ImageMagick keeps as texts may be larger than the megabyte that Pillow unpacks unless told.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 DEFAULT_MAX_PIXELS = 89_478_485
 """Where Pillow begins to warn of decompression bombs."""
@@ -292,8 +295,10 @@ def _decoding(data: bytes) -> Iterator[None]:
             "too_large", one_line(f"{error}; raise --max-megapixels, with --retry-failed too_large")
         ) from error
     except MemoryError as error:
-        raise ItemError("out_of_memory", "not enough memory to decode the picture; lower the pixel budget") from error
+        raise _out_of_memory() from error
     except BROKEN_FILE as error:
+        if OUT_OF_MEMORY in str(error):
+            raise _out_of_memory() from error
         if "truncated" in str(error).lower() or _is_cut_off(data):
             raise _cut_off(data) from error
         kind: ErrorClass = "decode"
@@ -308,6 +313,14 @@ def _decoding(data: bytes) -> Iterator[None]:
         elif str(error).startswith("Unsupported BMP"):
             kind, message = "unsupported", f"{error}; convert it to PNG first"
         raise ItemError(kind, one_line(message)) from error
+
+
+OUT_OF_MEMORY = "out of memory error"
+"""How Pillow begins to say that a decoder found none."""
+
+
+def _out_of_memory() -> ItemError:
+    return ItemError("out_of_memory", "not enough memory to decode the picture; lower the pixel budget")
 
 
 def _cut_off(data: bytes) -> ItemError:
@@ -343,6 +356,8 @@ def _other_format(data: bytes) -> str | None:
     """Also kinds of our own formats that Pillow does not know, though they are whole."""
     if data.startswith(b"\xff\xd8\xff") and (bits := jpeg.frame(data)[1]) not in (0, 8):
         return f"JPEG of {bits} bits a sample"
+    if data[4:12] in (b"ftypavif", b"ftypavis") and avif.longest_side(data) > _AVIF_SIDE:
+        return f"AVIF with a side of more than {_AVIF_SIDE} pixels"
     if data.startswith((b"II*\0", b"MM\0*")) and {256, 257} < {entry.tag for entry in _tiff_entries(data)}:
         return "TIFF of a kind that cannot be read"
     return next((name for name, start in _OTHER_FORMATS.items() if re.match(start, data, re.DOTALL)), None)
@@ -395,6 +410,8 @@ _MODE_NAMES = {
     "1": "1-bit", "PA": "a palette and alpha", "YCbCr": "YCbCr", "I": "more than 16 bits a channel",
     "F": "floating point", "I;16": "16 bits a channel", "I;16B": "16 bits a channel", "RGBX": "four channels",
 }  # fmt: skip
+_JPEG_SIDE, _AVIF_SIDE = 65_500, 32_768
+"""What libjpeg and libavif read at the most, pixels."""
 _FORMAT_MODES = {
     "JPEG": ("L", "RGB", "CMYK"),
     "MPO": ("L", "RGB"),
@@ -421,6 +438,8 @@ def _unsupported(image: ImageFile.ImageFile, data: bytes, frames: int) -> str | 
         return "JPEG with an HDR gain map (Ultra HDR); save it as a plain JPEG first"
     if image.mode == "CMYK" and image.format == "JPEG" and "adobe_transform" not in image.info:
         return f"CMYK JPEG that does not say whether its inks are inverted; {convert}"
+    if isinstance(image, JpegImageFile) and max(image.size) > _JPEG_SIDE:
+        return f"JPEG with a side of more than {_JPEG_SIDE} pixels; convert it to PNG or TIFF first"
     if isinstance(image, JpegImageFile) and (kind := jpeg.unreadable(data)):
         return f"{kind} JPEG; convert it to PNG or TIFF first"
     match image.format:

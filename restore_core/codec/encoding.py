@@ -19,6 +19,7 @@ from restore_core.codec.decoding import (
     ARRAYS,
     BROKEN_FILE,
     DEFAULT_MAX_PIXELS,
+    OUT_OF_MEMORY,
     Picture,
     as_stored,
     decode,
@@ -72,9 +73,13 @@ def encode(pixels: Pixels, source: bytes, *, picture: Picture, software: str, st
             return bmp.encoded(image, source)
         return bmp.encoded(_image(pixels, picture), source)
     except (*BROKEN_FILE, MemoryError) as error:
-        raise ItemError(
-            "encode", one_line(f"cannot write as {original.format}: {str(error) or type(error).__name__}")
-        ) from error
+        raise _not_done(f"cannot write as {original.format}", error) from error
+
+
+def _not_done(what: str, error: Exception) -> ItemError:
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY in str(error):
+        return ItemError("out_of_memory", f"{what}: not enough memory; lower --workers or use larger machines")
+    return ItemError("encode", one_line(f"{what}: {str(error) or type(error).__name__}"))
 
 
 def _image(pixels: Pixels, picture: Picture) -> Image.Image:
@@ -187,7 +192,7 @@ def join(
             raise ItemError("encode", "the animation's transparency cannot be written as it was; use --frames first")
         return joined
     except (*BROKEN_FILE, MemoryError) as error:
-        raise ItemError("encode", one_line(f"cannot join the frames: {str(error) or type(error).__name__}")) from error
+        raise _not_done("cannot join the frames", error) from error
 
 
 def _animation(
@@ -329,7 +334,8 @@ def _saved_jpeg(image: Image.Image, **options: object) -> bytes:
     # Of progressive files libjpeg writes all at once, and Pillow gives it two bytes a pixel: too few for fine grain.
     before = ImageFile.MAXBLOCK  # of this process, in which nobody else writes
     headers = sum(len(value) for value in options.values() if isinstance(value, bytes))
-    ImageFile.MAXBLOCK = 2**16 + 2 * headers + 4 * len(image.getbands()) * image.width * image.height
+    needed = 2**16 + 2 * headers + 4 * len(image.getbands()) * image.width * image.height
+    ImageFile.MAXBLOCK = min(needed, 2**31)  # beyond 2**32 Pillow begins again at 0
     try:
         return _saved(image, "JPEG", **options)
     finally:
@@ -650,11 +656,21 @@ def _gif_comment(original: ImageFile.ImageFile, strip: bool) -> dict[str, object
     return {"comment": original.info["comment"]} if not strip and "comment" in original.info else {}
 
 
+_TILE, _TILE_BITS = 8192, 2**32
+"""Of JPEG 2000: Pillow writes no tile of so many bits."""
+
+
 def _encode_jpeg2000(image: Image.Image, source: bytes, strip: bool) -> bytes:
-    """Lossless where the source may have been, or has alpha, which stays as it is; else far above what can be seen."""
+    """Lossless where the source may have been, or has alpha, which stays as it is; else nothing is cut off, since what
+    is cut off for a mean error over all of the picture may all be in the few letters of an empty page."""
     reversible = jpeg2000.is_reversible(source) or "A" in image.mode
-    options: dict[str, object] = {} if reversible else {"quality_mode": "dB", "quality_layers": [60]}
+    bits = 8 * len(image.getbands()) * image.width * image.height
     new = _saved(
-        image, "JPEG2000", no_jp2=True, irreversible=not reversible, mct=int(image.mode.startswith("RGB")), **options
+        image,
+        "JPEG2000",
+        no_jp2=True,
+        irreversible=not reversible,
+        mct=int(image.mode.startswith("RGB")),
+        tile_size=(_TILE, _TILE) if bits >= _TILE_BITS else None,
     )
     return jpeg2000.with_codestream(source, new, strip_metadata=strip)

@@ -73,8 +73,8 @@ def has_all_rows(png: bytes) -> bool:
     needed = sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in sizes)
     unpacker, rest = zlib.decompressobj(), b""
     try:
-        for body in (body for kind, body in chunks(png) if kind == b"IDAT"):
-            rest = body
+        for part in (part for kind, body in chunks(png) if kind == b"IDAT" for part in _pieces(body)):
+            rest = part
             while rest and needed > 0 and not unpacker.eof:
                 needed -= len(unpacker.decompress(rest, _PIECE))
                 rest = unpacker.unconsumed_tail
@@ -83,6 +83,11 @@ def has_all_rows(png: bytes) -> bool:
     except zlib.error:  # which Pillow, who read it, did not mind
         return True
     return bool(needed <= 0)
+
+
+def _pieces(body: bytes) -> Iterator[bytes]:
+    """Since what is not consumed is copied each time."""
+    return (body[at : at + _PIECE] for at in range(0, len(body), _PIECE))
 
 
 def _header(png: bytes) -> bytes:

@@ -26,7 +26,7 @@ import torch
 import tyro
 from PIL import Image
 
-from restore_core import checkpoint, codec
+from restore_core import checkpoint, codec, inference
 from restore_core.config import Precision
 
 Pixels = npt.NDArray[np.uint8]
@@ -34,11 +34,13 @@ Network = Callable[[Pixels], Pixels]
 """uint8 [B, H, W, 3] -> the same"""
 Name = Literal[
     "plain loop", "pool", "data loader", "ray template", "onnxruntime", "openvino", "openvino, pool",
-    "codec only", "model only", "model only, compiled", "model only, pool",
+    "codec only", "model only", "model only, compiled", "model only, pool", "restorer only, pool",
 ]  # fmt: skip
 STARTED = time.perf_counter()
 CORES = len(os.sched_getaffinity(0))
 BY_HAND = "plain loop", "pool", "data loader", "ray template"
+ALONE = "model only, pool", "restorer only, pool"
+"""In a process a core, on pixels that are there."""
 BATCH_PIXELS = {"cpu": 2**17, "cuda": 2**20}
 """Together, at most: what is best for the caches of CPUs (more take 1.1 to 1.5 times as long)."""
 MULTIPLE = 16
@@ -124,6 +126,13 @@ def torch_network(job: Contestant, threads: int, *, compiled: bool = False) -> N
     return restore
 
 
+def restorer(job: Contestant) -> Network:
+    """All that the job does to pixels: the network on one thread, its second looks and the diagnosis."""
+    torch.set_num_threads(1)
+    restore = inference.Restorer(checkpoint.read(job.model), precision=job.precision)
+    return lambda batch: np.stack([result.pixels for result in restore(list(batch))])
+
+
 def _exported(run: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]) -> Network:
     def restore(batch: Pixels) -> Pixels:
         _, height, width, _ = batch.shape
@@ -179,13 +188,15 @@ class Child:
     def start(cls, job: Contestant) -> None:
         if job.name == "openvino, pool":
             cls.network = openvino_network(job, threads=1)
+        elif job.name == "restorer only, pool":
+            cls.network = restorer(job)
         elif job.name != "codec only":
             cls.network = torch_network(job, threads=1)
 
     @classmethod
     def work(cls, job: Contestant, files: list[Path]) -> float:
         """Returns seconds, of what counts."""
-        decoded = [(path, decode(path)) for path in files] if job.name == "model only, pool" else []
+        decoded = [(path, decode(path)) for path in files] if job.name in ALONE else []
         loop(decoded[: job.batch_size], job, cls.network, write=False) if decoded else None  # as warm as it gets
         started = time.perf_counter()
         if job.name in ("pool", "openvino, pool"):
@@ -253,10 +264,10 @@ def prepare(files: list[Path], job: Contestant) -> Callable[[], float | None]:
         path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
         ray.init(address="local", num_cpus=CORES, runtime_env={"env_vars": {"PYTHONPATH": path}})
         return lambda: ray_template(files, job)
-    if job.name in ("pool", "openvino, pool", "codec only", "model only, pool"):
+    if job.name in ("pool", "openvino, pool", "codec only", *ALONE):
         processes = multiprocessing.get_context("spawn").Pool(CORES, Child.start, (job,))
         shares = [files[core::CORES] for core in range(CORES)]
-        if job.name != "model only, pool":  # in smaller pieces, so that all end together
+        if job.name not in ALONE:  # in smaller pieces, so that all end together
             shares = [files[start : start + job.batch_size] for start in range(0, len(files), job.batch_size)]
             processes.starmap(Child.work, [(job, files[: job.batch_size])] * CORES, chunksize=1)  # so warm
             return lambda: processes.starmap(Child.work, [(job, share) for share in shares], chunksize=1) and None

@@ -29,6 +29,7 @@ NAMES = (
     ("model only", "floor: network only, one process"),
     ("model only, compiled", "floor: network only, torch.compile"),
     ("model only, pool", "floor: network only, a process a core"),
+    ("restorer only, pool", "network, second looks and diagnosis only, a process a core"),
 )
 
 
@@ -109,7 +110,9 @@ def ratios(rates: dict[str, list[float]], device: str) -> dict[str, float]:
         found.setdefault("of the slower floor", []).append(steady / min(model, codec))
         if device == "cpu":  # where both take their time from the same cores
             found.setdefault("of both floors", []).append(steady * (1 / model + 1 / codec))
-        others = [rate for name, rate in now.items() if not name.startswith(("job", "codec only", "model only"))]
+        if "restorer only, pool" in now:
+            found.setdefault("of network, looks and diagnosis alone", []).append(steady / now["restorer only, pool"])
+        others = [rate for name, rate in now.items() if not name.startswith(("job", "codec", "model", "restorer"))]
         found.setdefault("of the fastest other", []).append(steady / max(others))
     return {name: round(statistics.median(values), 3) for name, values in found.items()}
 

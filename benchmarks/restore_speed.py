@@ -39,7 +39,6 @@ from restore_core.storage import LocalStorage
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_FLOORS = "model only", "model only, compiled", "model only, pool"
-FLOORS = "codec only", *MODEL_FLOORS
 KINDS = {
     "driver": ("restore_bucket.py",), "worker": ("RestoreUnit", "RestoreItems", "decode_unit", "write_items"),
     "codec": ("restore_core.codec",), "raylet": ("raylet",), "control": ("gcs_server",),
@@ -69,7 +68,7 @@ class RestoreSpeed:
     """Processes of the job that hold the network, see jobs/restore_bucket.py; the cores are theirs in equal parts."""
     contestants: tuple[Name, ...] = (
         "plain loop", "pool", "data loader", "ray template", "onnxruntime", "openvino",
-        "codec only", "model only", "model only, pool",
+        "codec only", "model only", "model only, pool", "restorer only, pool",
     )  # fmt: skip
     """With whom the job takes turns."""
     rounds: int = 5
@@ -260,7 +259,6 @@ def main(job: RestoreSpeed) -> int:
             kind: max(run.memory.get(kind, 0) for run in runs) for kind in KINDS if any(kind in r.memory for r in runs)
         },
         "object_store_bytes_per_image": None if runs[-1].passed is None else round(runs[-1].passed),
-        "ratios": ratios(rates, job.device),
         "rounds": rates,
     }
     if job.dollars_per_hour is not None:
@@ -270,7 +268,8 @@ def main(job: RestoreSpeed) -> int:
         )
     job.output.parent.mkdir(parents=True, exist_ok=True)
     job.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps({name: result[name] for name in ("images_per_second", "ratios", "memory_mb")}, indent=2))
+    shown = {name: result[name] for name in ("images_per_second", "memory_mb")}
+    print(json.dumps({**shown, "ratios": ratios(rates, job.device)}, indent=2))
     return command_line.DONE
 
 

@@ -85,7 +85,7 @@ def main(job: Demo) -> int:
     clean = _faces({name: np.array(image) for name, image in originals.items()})
     sheet = job.output / "before_after.png"
     sheet.write_bytes(report.sample_sheet(clean, columns))
-    print(f"\nbefore and after: {sheet}\nreport: {restored / '_restore' / 'report.html'}")
+    print(f"\nbefore and after: {sheet}\nreport: {restored / restore_bucket.REPORT_FILE}")
     return code
 
 

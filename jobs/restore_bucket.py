@@ -7,7 +7,6 @@ object), run.json and report.html. Started again, it does only what is missing o
 
 import itertools
 import logging
-import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,8 +22,6 @@ from restore_core.errors import UsageError
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "_restore/report.html"
-SHARD = re.compile(r"-\d{5,}\.parquet$")
-"""What the output of a row group has in place of .parquet."""
 FEW_FILES, IO_THREADS = 1000, 16
 """Of an output that holds more than so many files of others, and no ledger, the input is listed before the work; else
 the input is asked for each of those names, so many at once."""
@@ -50,7 +47,8 @@ class RestoreBucket:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes GPUs where the cluster has some."""
     workers: str = "auto"
-    """Processes that hold the model: a number, or auto for every GPU of the cluster, else every CPU."""
+    """Processes that hold the model: a number, or auto for every GPU of the cluster, else every CPU (fewer processes of
+    several threads each, where CPUs share less than 2 GB)."""
     batch_size: int = 16
     """Images that a worker handles together; lower it when memory runs out."""
     max_megapixels: float | None = None
@@ -100,6 +98,7 @@ def in_the_way(source: "Storage", output: "Storage") -> str | None:
     """
     from restore_core import manifest
     from restore_core.errors import ItemError, StorageError
+    from restore_core.pipelines.listing import files_of_shard
 
     def is_there(key: str) -> bool:
         try:
@@ -110,7 +109,7 @@ def in_the_way(source: "Storage", output: "Storage") -> str | None:
             return error.error == "denied"  # else it is no name that the input can have
 
     def would_be_written(key: str) -> bool:
-        return is_there(key) or (bool(SHARD.search(key)) and is_there(SHARD.sub(".parquet", key)))
+        return any(map(is_there, files_of_shard(key)))
 
     if next(iter(output.list(f"{manifest.FOLDER}/")), None) is not None:
         return None
@@ -127,9 +126,8 @@ def in_the_way(source: "Storage", output: "Storage") -> str | None:
     listed = (item.key for item in source.list(after=few[-1], unreadable=True))
     if (key := next((key for key in listed if key in rest), None)) is not None:
         return key
-    return next(
-        (item.key for item in output.list(after=few[-1]) if SHARD.search(item.key) and would_be_written(item.key)), None
-    )
+    shards = (item.key for item in output.list(after=few[-1]) if len(files_of_shard(item.key)) > 1)
+    return next((key for key in shards if would_be_written(key)), None)
 
 
 def main(job: RestoreBucket) -> int:

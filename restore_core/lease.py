@@ -1,8 +1,8 @@
 """One writer at a time: a file in the output, created only if it is not there, and renewed while its owner lives.
 
-Stands on conditional writes (If-None-Match and If-Match on S3, links on disk), so it needs no other service. Clocks of
-machines that share an output need not agree: before a lease of another machine is taken over it is watched, since a
-living owner renews it.
+Stands on conditional writes (If-None-Match and If-Match on S3, links and locks on disk), so it needs no other service.
+Clocks of machines that share an output need not agree: before a lease of another machine is taken over it is watched,
+since a living owner renews it.
 """
 
 import contextlib

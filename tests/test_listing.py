@@ -16,7 +16,7 @@ import pytest
 from restore_core import manifest, storage
 from restore_core.errors import StorageError, UsageError
 from restore_core.manifest import Row
-from restore_core.pipelines.listing import Listed, list_input, object_units
+from restore_core.pipelines.listing import Listed, files_of_shard, list_input, object_units, shard_key
 from restore_core.storage import LocalStorage, Object, listing, open_storage
 
 if TYPE_CHECKING:
@@ -376,3 +376,11 @@ def test_units_of_large_files_hold_fewer() -> None:
     assert [unit["size"].to_pylist() for unit in object_units(rows, 4, 1)][1:5] == [
         [9 * 2**20, 7 * 2**20], [2**20], [40 * 2**20], [2**21, 2**21, 2**20, 9 * 2**20],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("group", [0, 99_999, 100_000])
+def test_an_output_of_a_row_group_tells_its_file(group: int) -> None:
+    shard = shard_key("album/a.parquet", group, 200_000)
+    assert shard == f"album/a-{group:05}.parquet"
+    assert files_of_shard(shard) == {shard, "album/a.parquet"}
+    assert files_of_shard(shard_key("a-1.parquet", 0, 1)) == {"a-1.parquet"}

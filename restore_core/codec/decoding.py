@@ -59,7 +59,7 @@ class Picture:
     pixels: Pixels
     """uint8 [H, W, 3], RGB as stored, 0..255, contiguous and writable; grey files have three equal channels."""
     format: str
-    """One of `FORMATS`."""
+    """One of `FORMATS`, or MPO."""
     mode: str
     """As Pillow names it, one of `MODES`."""
     width: int

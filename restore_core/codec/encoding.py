@@ -38,7 +38,7 @@ def encode(pixels: Pixels, source: bytes, *, picture: Picture, software: str, st
         pixels: uint8 [H, W, 3], RGB, 0..255, of `picture`'s size. Grey files get their ITU-R 601 luma, those of 16 bits
             the difference that it makes.
         source: the file that `picture` was decoded from; metadata and compression settings are taken from it.
-        software: written to the EXIF tag Software. BMP has no place for it.
+        software: written to the EXIF tag Software. BMP, GIF and JPEG 2000 have no place for it.
         strip_metadata: drop EXIF, XMP, IPTC and texts; the ICC profile stays, and so does an orientation that is not 1.
 
     Raises ItemError `encode`, and ValueError if `pixels` does not fit `picture`.
@@ -175,7 +175,7 @@ def join(
     """Put the frames or pages of a file together again, restored or not.
 
     Args:
-        parts: files of one picture each, as `codec.decode_frames` made them or as `encode` wrote them.
+        parts: files of one picture each, as `decoding.decode_frames` made them or as `encode` wrote them.
         source: the file that they come from, whose timing, loops and metadata are taken.
         software, strip_metadata: see `encode`.
         max_pixels: see `codec.decode`.

@@ -50,8 +50,8 @@ Message = tuple[dict[str, Any], list[Part]]
 class Processes:
     """`count` child processes, started when first needed; may be used from any number of threads.
 
-    Each method is the function of that name in `codec`. In addition, a crash or a hang is ItemError `decode` or
-    `encode`, and too little memory ItemError `out_of_memory`.
+    Each method is the function of that name in `codec.decoding` or `codec.encoding`. In addition, a crash or a hang is
+    ItemError `decode` or `encode`, and too little memory ItemError `out_of_memory`.
 
     Args:
         count: files worked on at the same time.

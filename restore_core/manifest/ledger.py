@@ -41,7 +41,8 @@ class Ledger:
     Args:
         output: where the restored files go.
         run_id: of the run that writes, unique.
-        folder: `begun` is that of the rows of what a run has begun to do again, see `pipelines.restoration`.
+        folder: others hold the rows of what a run has begun to do again (`begun`, see `pipelines.restoration`), outputs
+            of renamed files (`former`, see `pipelines.shards`) and what was listed (see `pipelines.listing`).
     """
 
     def __init__(self, output: Storage, run_id: str, folder: str = "manifest") -> None:

@@ -25,7 +25,8 @@ class Row:
     key: str
     """Of the input object, relative to --input."""
     status: Status | None = None
-    """restored: new pixels were written; unchanged: undamaged, copied byte for byte; failed: see `error`."""
+    """restored: new pixels were written; unchanged: undamaged, and copied (byte for byte unless metadata was to go);
+    failed: see `error`."""
     error: ErrorClass | None = None
     message: str | None = None
     """What went wrong, one line; of a restored file what was out of the ordinary, such as short memory."""

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -245,8 +246,17 @@ def _row_groups(storage: Storage, files: list[Object]) -> Iterator[RowGroup]:
                 else:
                     keys = pa.array([f"{item.key}#{first + row}" for row in range(count)], pa.string())
                 first += count
-                suffix = "" if file.num_row_groups == 1 else f"-{group:05d}"
-                yield RowGroup(item, group, keys, item.key.removesuffix(".parquet") + suffix + ".parquet")
+                yield RowGroup(item, group, keys, shard_key(item.key, group, file.num_row_groups))
+
+
+def shard_key(file: str, group: int, groups: int) -> str:
+    """Where a row group is written to."""
+    return file if groups == 1 else f"{file.removesuffix('.parquet')}-{group:05d}.parquet"
+
+
+def files_of_shard(shard: str) -> set[str]:
+    """The input files that it may be an output of."""
+    return {shard, re.sub(r"-\d{5,}\.parquet$", ".parquet", shard)}
 
 
 UNIT_SCHEMA = pa.schema(

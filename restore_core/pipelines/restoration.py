@@ -56,7 +56,7 @@ LOST_ROW_GROUP = "working on its row group failed twice: one of the images there
 INTERRUPTED = "interrupted; the same command goes on from here"
 SAMPLE_SIDE = 320
 """Of the pictures on the page, pixels."""
-RESULT_OPTIONS = ("strip_metadata", "repair", "self_ensemble")
+RESULT_OPTIONS = ("strip_metadata", "repair", "self_ensemble", "max_change", "frames", "precision")
 """Options that decide what a restored file looks like; with another value it is done again."""
 
 
@@ -86,14 +86,7 @@ class RestoreOptions:
 
     def identity(self) -> str:
         """Hash of the options that decide the result."""
-        deciding = {name: getattr(self, name) for name in RESULT_OPTIONS}
-        if self.max_change is not None:
-            deciding["max_change"] = self.max_change
-        if self.frames != "refuse":
-            deciding["frames"] = self.frames
-        if self.precision != "auto":
-            deciding["precision"] = self.precision
-        return manifest.options_hash(deciding)
+        return manifest.options_hash({name: getattr(self, name) for name in RESULT_OPTIONS})
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,9 @@ from restore_core.pipelines.study import (
     photographs,
     save_state,
 )  # fmt: skip
-from restore_core.pipelines.training import first_difference, hardware
+from restore_core.pipelines.training import OPTIONS_FILE, hardware, require_decodable, require_same
 from restore_core.trainer import Photographs, Trainer
 
-OPTIONS_FILE = "options.json"
 TUNE_FOLDER = "_tune"
 
 
@@ -54,18 +53,9 @@ def prepare(study: Study) -> Study:
             f"--images {study.images}: {images} training photographs do not fill --batch-size {config.batch_size}; "
             f"take more photographs or lower it"
         )
-    for split in (sources.TRAIN, sources.VALIDATION):
-        if not len(sources.read_split(study.data, split, config.canvas, limit=1)):
-            raise UsageError(f"--data {study.data.uri}: no photograph in split {split!r} can be decoded; pack it again")
+    require_decodable(study.data, config.canvas)
     study = dataclasses.replace(study, images=images)
-    if study.folder.exists(OPTIONS_FILE):
-        older = json.loads(study.folder.read(OPTIONS_FILE))
-        for name, value in options(study).items():
-            if name in older and older[name] != value:  # earlier versions did not say of which shards
-                raise UsageError(
-                    f"--output {study.folder.uri}: holds a study with other options "
-                    f"({first_difference(older[name], value, name)}); choose another --output"
-                )
+    require_same(study.folder, options(study), "--output", study.folder.uri, "holds a study")
     return study
 
 

@@ -1,7 +1,6 @@
 """Parquet outputs (shards) of earlier runs, where the input's files have been renamed, cut anew or lost rows since."""
 
 import logging
-import re
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 
@@ -10,13 +9,10 @@ import pyarrow.compute as pc
 
 from restore_core.errors import ItemError
 from restore_core.manifest import Ledger, Row, Sorted, values
-from restore_core.pipelines.listing import RowGroups
+from restore_core.pipelines.listing import RowGroups, files_of_shard
 from restore_core.storage import Storage
 
 logger = logging.getLogger(__name__)
-
-_NUMBER = re.compile(r"-\d{5}\.parquet$")
-"""What an output's name has more than its input file's, where that has several row groups."""
 
 
 def targets(groups: RowGroups) -> set[str]:
@@ -58,7 +54,8 @@ def outlived(shards: set[str], ledger: Ledger, begun: Ledger, groups: RowGroups)
     rest = (rest for _, rest in left(tables, groups, set(), marks))
     named = {output for table in rest for output in table["output_key"].to_pylist()}
     files = {group.file.key for group in groups.groups}
-    return {shard for shard in shards - targets(groups) if shard not in named or not files.isdisjoint(_files_of(shard))}
+    older = shards - targets(groups)
+    return {shard for shard in older if shard not in named or not files.isdisjoint(files_of_shard(shard))}
 
 
 def delete(shards: set[str], output: Storage) -> set[str]:
@@ -81,8 +78,3 @@ def keep(notes: Ledger, shards: set[str], run_id: str) -> None:
         notes.append(rows)
     wanted = pa.array(sorted(shards), pa.string())
     notes.merge(lambda tables: (table.filter(pc.is_in(table["key"], wanted)) for table in tables))
-
-
-def _files_of(shard: str) -> set[str]:
-    """The input files that it may be an output of."""
-    return {shard, _NUMBER.sub(".parquet", shard)}

@@ -87,18 +87,10 @@ def prepare(config: TrainConfig, data: Storage, folder: Storage, initial: checkp
         raise UsageError(
             f"--data {data.uri}: no photographs in split 'val'; pack again with a larger --val-share or --val-list"
         )
-    for split in (sources.TRAIN, sources.VALIDATION):
-        if not len(sources.read_split(data, split, config.canvas, limit=1)):
-            raise UsageError(f"--data {data.uri}: no photograph in split {split!r} can be decoded; pack it again")
+    require_decodable(data, config.canvas)
+    name = folder.uri.rsplit("/", 1)[-1]
     options = _options(config, data, initial, photographs)
-    if folder.exists(OPTIONS_FILE):
-        older = json.loads(folder.read(OPTIONS_FILE))
-        for name, value in options.items():
-            if name in older and older[name] != value:  # earlier versions did not say of which shards
-                raise UsageError(
-                    f"--name {folder.uri.rsplit('/', 1)[-1]}: a run of that name exists with other options "
-                    f"({first_difference(older[name], value, name)}); choose another --name"
-                )
+    require_same(folder, options, "--name", name, "a run of that name exists")
     return photographs
 
 
@@ -402,10 +394,28 @@ def _identity(model: checkpoint.ModelFolder | None) -> dict[str, str] | None:
     return {"name": model.name, "sha256": model.sha256} if model else None
 
 
-def first_difference(older: object, newer: object, name: str) -> str:
+def require_decodable(data: Storage, canvas: int) -> None:
+    """Raise UsageError where a packed dataset has no photograph to train on, or to validate with."""
+    for split in (sources.TRAIN, sources.VALIDATION):
+        if not len(sources.read_split(data, split, canvas, limit=1)):
+            raise UsageError(f"--data {data.uri}: no photograph in split {split!r} can be decoded; pack it again")
+
+
+def require_same(folder: Storage, options: dict[str, Any], option: str, value: str, there: str) -> None:
+    """Raise UsageError where the folder was begun with other options; `there` says what it holds."""
+    if not folder.exists(OPTIONS_FILE):
+        return
+    older = json.loads(folder.read(OPTIONS_FILE))
+    for name, new in options.items():
+        if older.get(name) != new:
+            difference = _first_difference(older.get(name), new, name)
+            raise UsageError(f"{option} {value}: {there} with other options ({difference}); choose another {option}")
+
+
+def _first_difference(older: object, newer: object, name: str) -> str:
     """The innermost option in which two sets of options differ, in words."""
     if isinstance(older, dict) and isinstance(newer, dict):
         for key in older.keys() | newer.keys():
             if older.get(key) != newer.get(key):
-                return first_difference(older.get(key), newer.get(key), key)
+                return _first_difference(older.get(key), newer.get(key), key)
     return f"{name} was {older}, is now {newer}"

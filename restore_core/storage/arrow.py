@@ -1,6 +1,6 @@
 """S3 for Arrow and Ray: goes to other processes without credentials, and has those of the standard chain in each.
 
-Arrow's own filesystem takes credentials once, and takes them along when it is pickled: workers would have the driver's
+Arrow's own filesystem takes the credentials that it was told along when it is pickled: workers would have the driver's
 instead of their machine's role, and none after an hour or six.
 """
 

@@ -2,12 +2,12 @@
 
 import contextlib
 import logging
-import threading
 import time
 from collections.abc import Callable
+from typing import ClassVar
 
 import ray.data
-from ray.data._internal.execution import backpressure_policy
+from ray.data._internal.execution import backpressure_policy, interfaces
 
 from restore_core import manifest
 from restore_core.errors import ItemError
@@ -19,7 +19,8 @@ from restore_core.storage import GO_ON
 logger = logging.getLogger(__name__)
 
 FLUSH_ROWS, FLUSH_SECONDS = 2000, 10.0
-"""The ledger is written down after so many rows or seconds: what a killed driver has to do again."""
+"""The ledger is written down after so many rows (less what comes back meanwhile) or seconds: a killed driver has no
+more to do again than these and what its actors had in hand. Where they have more in hand, twice as much instead."""
 PROGRESS_SECONDS = 5.0
 VERDICT_ROWS = 1000
 """So many have to be done before a run is stopped because too many fail, as S3 Batch Operations does."""
@@ -34,18 +35,19 @@ class Stopped(Exception):
     """The run ends before all is done; what is not done has no row of it."""
 
 
-_writing = threading.Event()
-"""Set while the driver writes rows down."""
-
-
 class WaitForLedger(backpressure_policy.BackpressurePolicy):  # type: ignore[misc]
-    """Nothing new goes to the actors while rows are written down: were the driver killed then, it would be done again.
+    """Nothing new goes to the actors while rows are written down, or have to be: were the driver killed then, it would
+    be done again.
 
-    Asked by Ray Data's scheduler, in the driver. A ledger on S3 may take minutes when the network is in trouble.
+    Asked by Ray Data's scheduler, in a thread of the driver. A ledger on S3 may take minutes when the network is in
+    trouble, and a driver on a busy machine some time to come to what has come back.
     """
 
-    def can_add_input(self, op: object) -> bool:
-        return not _writing.is_set()
+    account: "ClassVar[Account | None]" = None
+    """Of the run of this process."""
+
+    def can_add_input(self, op: interfaces.PhysicalOperator) -> bool:
+        return self.account is None or self.account.has_room(op)
 
 
 BACKPRESSURE = [*backpressure_policy.ENABLED_BACKPRESSURE_POLICIES, WaitForLedger]
@@ -85,15 +87,27 @@ class Account:
         self._max_failed_share = max_failed_share
         self._failed = self._denied = 0
         self._waiting: list[Row] = []
+        self._writing = False
+        self._units, self._unit_rows, self._due = 0, 0, FLUSH_ROWS
         self._flushed = self._shown = time.monotonic()
         # When the first rows came, and how many: what came before was the start of the workers.
         self._first: tuple[float, int] | None = None
 
-    def follow(self, dataset: ray.data.Dataset) -> None:
-        """Execute it and take its rows."""
+    def follow(self, dataset: ray.data.Dataset, *, actors: int, unit_rows: int) -> None:
+        """Execute it and take its rows: a block for each unit, of `unit_rows` at the most (0: of any number)."""
+        in_hand = actors * unit_rows
+        self._units, self._unit_rows, self._due = 0, unit_rows, max(FLUSH_ROWS - in_hand, in_hand)
+        WaitForLedger.account = self
         with cluster.releasing_actors(lambda: self.count):
             for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 self.add(manifest.rows_of(table))
+                self._units += 1
+
+    def has_room(self, op: interfaces.PhysicalOperator) -> bool:
+        """Whether more may be begun, before rows are written down; of the last operator also of what has come back and
+        was not taken yet."""
+        coming = 0 if op.output_dependencies else op.metrics.num_task_outputs_generated - self._units
+        return not self._writing and len(self._waiting) + coming * self._unit_rows < self._due
 
     def add(self, rows: list[Row]) -> None:
         """Raises Stopped, and StorageError where the lease is lost or the ledger cannot be written."""
@@ -118,7 +132,7 @@ class Account:
         now = time.monotonic()
         if self._first is None:
             self._first, self._shown = (now, self.count), now
-        if len(self._waiting) >= FLUSH_ROWS or now - self._flushed > FLUSH_SECONDS:
+        if len(self._waiting) >= self._due or now - self._flushed > FLUSH_SECONDS:
             self.flush()
         since, before = self._first
         if now - self._shown > PROGRESS_SECONDS and self.count > before:
@@ -131,11 +145,11 @@ class Account:
     def flush(self) -> None:
         if self._waiting:
             self._lease.check()  # or they would stand beside those of another run, which may have done them anew
-            _writing.set()
+            self._writing = True
             try:
                 self._ledger.append(self._waiting)
             finally:
-                _writing.clear()
+                self._writing = False
         self._waiting = []
         self._flushed = time.monotonic()
 

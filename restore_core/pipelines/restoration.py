@@ -630,7 +630,8 @@ def _restore_wave(wave: _Wave, run: RestoreRun, actors: _Actors, options: Restor
                 gpus=1 if run.device == "cuda" else 0,
                 alone=alone,
             )
-            account.follow(dataset)
+            unit_rows = 0 if wave.groups is not None else 1 if alone else options.batch_size
+            account.follow(dataset, actors=actors.count, unit_rows=unit_rows)
         for key in wave.rows.keys() - account.done:
             row = wave.rows[key]
             row.fail("decode", LOST_ROW if wave.groups is None else LOST_ROW_GROUP)

@@ -9,6 +9,8 @@ import numpy as np
 
 ORIENTATION, SOFTWARE = 274, 305
 _SUB_IFDS = (34665, 34853, 40965)  # Exif, GPS, Interoperability
+_IPTC = 33723
+"""Bytes in an order of their own, which many programs call words."""
 _ITEM_SIZE = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 _WORD_SIZE = _ITEM_SIZE | {5: 4, 10: 4}  # rationals are pairs of 32-bit numbers
 _NO_EXIF = b"II*\0\x08\0\0\0" + bytes(6)
@@ -102,7 +104,7 @@ def moved(entry: Entry, source: bytes, tiff: bytearray, depth: int = 2) -> Entry
         entries, _ = read_ifd(source, entry.integers(source)[0], skip_damaged=True)
         at = _append_ifd(tiff, all_moved(entries, source, tiff, depth - 1), 0)
         return replace(entry, type=4, count=1, value=struct.pack(_order(tiff) + "I", at))
-    if _order(source) == _order(tiff) or _WORD_SIZE.get(entry.type, 1) == 1:
+    if _order(source) == _order(tiff) or _WORD_SIZE.get(entry.type, 1) == 1 or entry.tag == _IPTC:
         return entry
     return replace(entry, value=np.frombuffer(entry.value, f"u{_WORD_SIZE[entry.type]}").byteswap().tobytes())
 
@@ -117,9 +119,12 @@ def all_moved(entries: Iterable[Entry], source: bytes, tiff: bytearray, depth: i
 
 
 def _append_ifd(tiff: bytearray, entries: Iterable[Entry], following: int) -> int:
-    """Append a directory and its values; return its offset."""
+    """Append a directory and its values; return its offset.
+
+    Without entries of types that there are not: readers take a directory that begins with one for none.
+    """
     order, table, values = _order(tiff), b"", b""
-    entries = sorted(entries, key=lambda entry: entry.tag)
+    entries = sorted((entry for entry in entries if entry.type in _ITEM_SIZE), key=lambda entry: entry.tag)
     tiff += bytes(len(tiff) % 2)
     at = len(tiff)
     behind = at + 2 + 12 * len(entries) + 4

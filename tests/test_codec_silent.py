@@ -6,12 +6,14 @@ import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from photos import pixels, png_of
 from PIL import Image, ImageCms, ImageDraw, ImageFile
+from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from restore_core import exif
-from restore_core.codec import decode, encode, encoding, jpeg, png, without_metadata
+from restore_core.codec import decode, decoding, encode, encoding, jpeg, png, without_metadata
 from restore_core.errors import ItemError
 
 
@@ -428,3 +430,88 @@ def test_a_way_up_that_xmp_alone_tells_turns_nothing(name: str, with_exif: bool)
     for bare in (restored(source, strip_metadata=True), without_metadata(source, picture=picture)):
         assert exif.ORIENTATION not in Image.open(io.BytesIO(bare)).getexif()
     assert xmp in restored(source)
+
+
+# --- What a collection of odd files has shown ------------------------------------------------------------------------
+
+
+def exif_block(order: str = "<", *entries: exif.Entry) -> bytes:
+    block = bytearray((b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", 8) + bytes(6))
+    exif.write_first_ifd(block, entries, 0)
+    return bytes(block)
+
+
+def png_kinds(data: bytes) -> list[bytes]:
+    return [kind for kind, _ in png.chunks(data)]
+
+
+def test_exif_of_a_png_stays_what_it_was() -> None:
+    """A text, which browsers do not heed and Pillow does, or behind the pixels: it is shown as before, by all."""
+    way_up = exif_block("<", exif.Entry(exif.ORIENTATION, 3, 1, b"\6\0"))
+    plain = file_of(photograph(), "PNG")
+    texts = PngInfo()
+    texts.add_text("Raw profile type exif", f"\nexif\n{len(way_up):8}\n{way_up.hex()}\n", zip=True)
+    as_text = file_of(photograph(), "PNG", pnginfo=texts)
+    *others, end = png.chunks(plain)
+    late = png_of(*others, (b"eXIf", way_up), end)
+    for strip in (False, True):
+        for source in (as_text, late):
+            picture = decode(source)
+            written = restored(source, strip_metadata=strip)
+            for after in (written, without_metadata(source, picture=picture)):
+                kinds = png_kinds(after)
+                assert (b"eXIf" in kinds, b"zTXt" in kinds) == (source is late, source is as_text)
+                assert decode(after).orientation == picture.orientation == 6
+            assert (b"test" in exif_of(written)) != strip
+    assert png_kinds(restored(late)).index(b"eXIf") > png_kinds(restored(late)).index(b"IDAT")
+    assert png_kinds(restored(plain)).index(b"eXIf") < png_kinds(restored(plain)).index(b"IDAT")
+
+
+def exif_of(data: bytes) -> bytes:
+    """EXIF of a PNG, wherever it stands."""
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    return bytes(image.info.get("exif") or png.exif_text(image.info))
+
+
+def test_captions_of_a_big_endian_tiff_are_not_swapped() -> None:
+    caption = b"\x1c\2\0\0\2\0\2\x1c\2\x78\0\7caption"
+    words = caption.ljust(-(-len(caption) // 4) * 4, b"\0")
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.asarray(photograph()), photometric="rgb", byteorder=">", metadata=None)
+    source = with_entries(file.getvalue(), exif.Entry(33723, 4, len(words) // 4, words))
+    assert caption in restored(source)
+
+
+def test_an_entry_of_no_type_does_not_cost_the_others() -> None:
+    camera = exif.text_entry(271, "Camera")
+    block = exif_block("<", exif.Entry(1, 7, 4, b"junk"), camera)
+    place = block.index(struct.pack("<HH", 1, 7))
+    block = block[:place] + struct.pack("<HH", 1, 0) + block[place + 4 :]
+    source = file_of(photograph(), "JPEG", exif=b"Exif\0\0" + block)
+    after = Image.open(io.BytesIO(restored(source))).info["exif"][6:]
+    assert {entry.tag: entry.value for entry in exif.read_ifd(after, exif.first_ifd(after))[0]} == {
+        271: b"Camera\0", exif.SOFTWARE: b"test\0",
+    }  # fmt: skip
+
+
+def test_frames_of_an_avif_of_more_bits_are_refused() -> None:
+    frames = [photograph("RGB", 32, 32), Image.new("RGB", (32, 32))]
+    source = bytearray(file_of(frames[0], "AVIF", save_all=True, append_images=frames[1:], speed=10))
+    assert len(decoding.decode_frames(bytes(source), max_pixels=10**6, frames="all")) == 2
+    source[source.index(b"av1C") + 6] |= 0x40
+    with pytest.raises(ItemError, match="AVIF with more than 8 bits"):
+        decoding.decode_frames(bytes(source), max_pixels=10**6, frames="all")
+
+
+def test_jpeg_of_inks_keeps_its_density() -> None:
+    source = file_of(photograph("CMYK"), "JPEG")
+    app0 = b"\xff\xe0\0\x10JFIF\0\1\1\1\1\x2c\1\x2c\0\0"
+    after = Image.open(io.BytesIO(restored(source[:2] + app0 + source[2:])))
+    assert (after.mode, after.info["dpi"]) == ("CMYK", (300, 300))
+    assert "jfif" not in Image.open(io.BytesIO(restored(source))).info
+
+
+def test_a_chunk_that_is_too_short_does_not_make_a_png_truncated() -> None:
+    first, *others = png.chunks(file_of(photograph(), "PNG"))
+    assert "Truncated cHRM chunk" in failing(png_of(first, (b"cHRM", b""), *others), "decode")

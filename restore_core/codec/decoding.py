@@ -118,6 +118,8 @@ def decode_frames(data: bytes, *, max_pixels: int, frames: Frames = "refuse") ->
         image = open_header(data, max_pixels=max_pixels)
         with _decoding(data):
             if _count(data, max_pixels, frames) > 1:
+                if image.format == "AVIF" and (reason := _unsupported(image, data, 1)):
+                    raise ItemError("unsupported", reason)
                 mode = image.mode  # which going through the frames may change
                 parts = split(image, data, max_pixels)
                 if not isinstance(image, TiffImageFile):  # not before: of PNG it decodes the first frame
@@ -299,7 +301,8 @@ def _decoding(data: bytes) -> Iterator[None]:
     except BROKEN_FILE as error:
         if OUT_OF_MEMORY in str(error):
             raise _out_of_memory() from error
-        if "truncated" in str(error).lower() or _is_cut_off(data):
+        # "Truncated cHRM chunk" says Pillow of a chunk that is too short, of a whole file
+        if _is_cut_off(data) or ("truncated" in str(error).lower() and not str(error).endswith(" chunk")):
             raise _cut_off(data) from error
         kind: ErrorClass = "decode"
         message = f"the file is damaged: {str(error) or type(error).__name__}"

@@ -349,8 +349,10 @@ def _after_jpeg(source: bytes) -> bytes:
 
 def _with_jpeg_density(new: bytes, info: dict[str | tuple[int, int], Any]) -> bytes:
     """The source's JFIF density in its own unit, also where that is none and it tells the pixels' aspect ratio."""
-    if new[6:11] != b"JFIF\0" or "jfif_density" not in info:
+    if "jfif_density" not in info:
         return new
+    if new[6:11] != b"JFIF\0":  # libjpeg writes none beside inks
+        new = new[:2] + struct.pack(">HH5sHBHHBB", 0xFFE0, 16, b"JFIF\0", 0x101, 0, 1, 1, 0, 0) + new[2:]
     return new[:13] + struct.pack(">BHH", info["jfif_unit"], *info["jfif_density"]) + new[18:]
 
 
@@ -458,6 +460,21 @@ def _png_of(values: Native, depth: int) -> bytes:
     return _saved(Image.fromarray(values), "PNG", compress_level=1)
 
 
+def _with_png_exif(chunks: list[png.Chunk], source: bytes, block: bytes) -> list[png.Chunk]:
+    """Where the source has its own: not all readers heed what follows the pixels, or what is but a text, and each is to
+    show the picture as before."""
+    if not block:
+        return chunks
+    kinds = [kind for kind, _ in png.chunks(source)]
+    if b"eXIf" in kinds:
+        at = 1 if b"IDAT" not in kinds or kinds.index(b"eXIf") < kinds.index(b"IDAT") else len(chunks) - 1
+        return [*chunks[:at], (b"eXIf", block), *chunks[at:]]
+    if not any(map(png.is_exif_text, png.chunks(source))):
+        return [chunks[0], (b"eXIf", block), *chunks[1:]]
+    others = [chunk for chunk in chunks[1:] if not png.is_exif_text(chunk)]
+    return [chunks[0], png.exif_text_chunk(block), *others]
+
+
 def _png_like(source: bytes, new: list[png.Chunk], transparency: list[png.Chunk], block: bytes, strip: bool) -> bytes:
     """The new file's pixels among the source's ancillary chunks, byte for byte."""
     has_palette = any(kind == b"PLTE" for kind, _ in new)  # another one, of which a background would name a colour
@@ -472,14 +489,13 @@ def _png_like(source: bytes, new: list[png.Chunk], transparency: list[png.Chunk]
     chunks = [
         new[0],
         *before,
-        *([(b"eXIf", block)] if block else []),
         *(chunk for chunk in new[1:-1] if chunk[0] in (b"PLTE", b"tRNS")),
         *transparency,
         *(chunk for chunk in new[1:-1] if chunk[0] in _PNG_PIXELS),
         *(chunk for chunk in old[first:] if _is_kept(chunk[0], strip)),
         (b"IEND", b""),
     ]
-    return png.joined(chunks) + following
+    return png.joined(_with_png_exif(chunks, source, block)) + following
 
 
 def _is_kept(kind: bytes, strip: bool) -> bool:
@@ -529,9 +545,7 @@ def _shallow_png(values: Pixels, bits: int) -> bytes:
 
 def _strip_png(source: bytes, block: bytes) -> bytes:
     chunks = [chunk for chunk in png.chunks(source) if chunk[0] != b"eXIf" and (chunk[0] in _PNG_LAYOUT + _PNG_COLOUR)]
-    if block:
-        chunks.insert(1, (b"eXIf", block))
-    return png.joined(chunks)
+    return png.joined(_with_png_exif(chunks, source, block))
 
 
 _PNG_COLOURS = {2: 3, 4: 5, 8: 17}

@@ -12,6 +12,7 @@ _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """By colour type."""
 _PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 """Of Adam7: the first pixel's column and row, and how far the next ones are to the right and below."""
+_TEXTS, _EXIF_TEXT = (b"tEXt", b"zTXt", b"iTXt"), b"Raw profile type exif"
 _PIECE = 2**20
 
 
@@ -34,11 +35,23 @@ def following(png: bytes) -> bytes:
 
 def exif_text(info: Mapping[Any, Any]) -> bytes:
     """The EXIF block where older ImageMagick put it, from Pillow's info of a picture; b"" where there is none."""
-    text = info.get("Raw profile type exif")
+    text = info.get(_EXIF_TEXT.decode())
     try:
         return bytes.fromhex("".join(text.split("\n")[3:])) if isinstance(text, str) else b""
     except ValueError:  # damaged
         return b""
+
+
+def is_exif_text(chunk: Chunk) -> bool:
+    """Whether it is such a text, which may be damaged."""
+    return chunk[0] in _TEXTS and chunk[1].startswith(_EXIF_TEXT + b"\0")
+
+
+def exif_text_chunk(block: bytes) -> Chunk:
+    """The other way."""
+    full = b"Exif\0\0" + block
+    lines = "\n".join(full.hex()[at : at + 72] for at in range(0, 2 * len(full), 72))
+    return b"zTXt", _EXIF_TEXT + b"\0\0" + zlib.compress(f"\nexif\n{len(full):8}\n{lines}\n".encode())
 
 
 def joined(chunks: Iterable[Chunk]) -> bytes:

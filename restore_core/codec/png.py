@@ -12,7 +12,8 @@ _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """By colour type."""
 _PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 """Of Adam7: the first pixel's column and row, and how far the next ones are to the right and below."""
-_TEXTS, _EXIF_TEXT = (b"tEXt", b"zTXt", b"iTXt"), b"Raw profile type exif"
+_EXIF_TEXT = b"Raw profile type exif"
+_MOST_TEXT = 2**26
 _PIECE = 2**20
 
 
@@ -36,15 +37,27 @@ def following(png: bytes) -> bytes:
 def exif_text(info: Mapping[Any, Any]) -> bytes:
     """The EXIF block where older ImageMagick put it, from Pillow's info of a picture; b"" where there is none."""
     text = info.get(_EXIF_TEXT.decode())
-    try:
-        return bytes.fromhex("".join(text.split("\n")[3:])) if isinstance(text, str) else b""
-    except ValueError:  # damaged
-        return b""
+    return _from_hex(text) if isinstance(text, str) else b""
 
 
 def is_exif_text(chunk: Chunk) -> bool:
-    """Whether it is such a text, which may be damaged."""
-    return chunk[0] in _TEXTS and chunk[1].startswith(_EXIF_TEXT + b"\0")
+    """Whether it is such a text, and no damaged one."""
+    kind, body = chunk
+    if kind not in (b"tEXt", b"zTXt") or not body.startswith(_EXIF_TEXT + b"\0"):
+        return False
+    text = body[len(_EXIF_TEXT) + 1 :]
+    try:
+        text = zlib.decompressobj().decompress(text[1:], _MOST_TEXT) if kind == b"zTXt" else text
+    except zlib.error:
+        return False
+    return bool(_from_hex(text.decode("latin-1")))
+
+
+def _from_hex(text: str) -> bytes:
+    try:
+        return bytes.fromhex("".join(text.split("\n")[3:]))
+    except ValueError:  # damaged
+        return b""
 
 
 def exif_text_chunk(block: bytes) -> Chunk:

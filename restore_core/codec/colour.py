@@ -17,6 +17,7 @@ Native = npt.NDArray[Any]
 """uint8 or uint16; see `Picture.native`."""
 
 _ROW = 2**24
+"""Pixels that are looked up together stand in rows of so many."""
 _BAND_PIXELS = 2**22
 """Converted at a time: intermediate values take up to 48 bytes a pixel."""
 

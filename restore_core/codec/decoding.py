@@ -29,7 +29,7 @@ Frames = Literal["refuse", "first", "all"]
 """What to do with files of several pictures: refuse them, take the first picture alone, or all of them."""
 
 # A profile, XMP or what ImageMagick keeps as texts may be larger than the megabyte that Pillow unpacks unless told.
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+PngImagePlugin.MAX_TEXT_CHUNK = png.MOST_TEXT
 
 DEFAULT_MAX_PIXELS = 89_478_485
 """Where Pillow begins to warn of decompression bombs."""

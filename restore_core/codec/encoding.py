@@ -460,16 +460,16 @@ def _png_of(values: Native, depth: int) -> bytes:
     return _saved(Image.fromarray(values), "PNG", compress_level=1)
 
 
-def _with_png_exif(chunks: list[png.Chunk], source: bytes, block: bytes) -> list[png.Chunk]:
-    """Where the source has its own: not all readers heed what follows the pixels, or what is but a text, and each is to
-    show the picture as before."""
+def _with_png_exif(chunks: list[png.Chunk], old: list[png.Chunk], block: bytes) -> list[png.Chunk]:
+    """Where the old file has its own: not all readers heed what follows the pixels, or what is but a text, and each is
+    to show the picture as before."""
     if not block:
         return chunks
-    kinds = [kind for kind, _ in png.chunks(source)]
+    kinds = [kind for kind, _ in old]
     if b"eXIf" in kinds:
         at = 1 if b"IDAT" not in kinds or kinds.index(b"eXIf") < kinds.index(b"IDAT") else len(chunks) - 1
         return [*chunks[:at], (b"eXIf", block), *chunks[at:]]
-    if not any(map(png.is_exif_text, png.chunks(source))):
+    if not any(map(png.is_exif_text, old)):
         return [chunks[0], (b"eXIf", block), *chunks[1:]]
     others = [chunk for chunk in chunks[1:] if not png.is_exif_text(chunk)]
     return [chunks[0], png.exif_text_chunk(block), *others]
@@ -495,7 +495,7 @@ def _png_like(source: bytes, new: list[png.Chunk], transparency: list[png.Chunk]
         *(chunk for chunk in old[first:] if _is_kept(chunk[0], strip)),
         (b"IEND", b""),
     ]
-    return png.joined(_with_png_exif(chunks, source, block)) + following
+    return png.joined(_with_png_exif(chunks, old, block)) + following
 
 
 def _is_kept(kind: bytes, strip: bool) -> bool:
@@ -544,8 +544,9 @@ def _shallow_png(values: Pixels, bits: int) -> bytes:
 
 
 def _strip_png(source: bytes, block: bytes) -> bytes:
-    chunks = [chunk for chunk in png.chunks(source) if chunk[0] != b"eXIf" and (chunk[0] in _PNG_LAYOUT + _PNG_COLOUR)]
-    return png.joined(_with_png_exif(chunks, source, block))
+    old = list(png.chunks(source))
+    chunks = [chunk for chunk in old if chunk[0] != b"eXIf" and (chunk[0] in _PNG_LAYOUT + _PNG_COLOUR)]
+    return png.joined(_with_png_exif(chunks, old, block))
 
 
 _PNG_COLOURS = {2: 3, 4: 5, 8: 17}

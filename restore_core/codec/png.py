@@ -13,7 +13,8 @@ _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 """Of Adam7: the first pixel's column and row, and how far the next ones are to the right and below."""
 _EXIF_TEXT = b"Raw profile type exif"
-_MOST_TEXT = 2**26
+MOST_TEXT = 2**26
+"""Bytes that a compressed text or profile may unfold to."""
 _PIECE = 2**20
 
 
@@ -47,7 +48,7 @@ def is_exif_text(chunk: Chunk) -> bool:
         return False
     text = body[len(_EXIF_TEXT) + 1 :]
     try:
-        text = zlib.decompressobj().decompress(text[1:], _MOST_TEXT) if kind == b"zTXt" else text
+        text = zlib.decompressobj().decompress(text[1:], MOST_TEXT) if kind == b"zTXt" else text
     except zlib.error:
         return False
     return bool(_from_hex(text.decode("latin-1")))

@@ -1,6 +1,7 @@
 """What was wrong with a photograph, read off what the network did to it; and results of which only a part is wanted."""
 
 from collections.abc import Container
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +19,26 @@ UNDAMAGED_SIGMA_255 = 2.5
 UNDAMAGED_SHARE = 0.002
 UNDAMAGED_GRAY = 0.5
 
-Diagnosis = tuple[list[float], list[float | None], list[float | None], list[float]]
-"""Of each image: sigma, flips, patches, gray."""
+
+class Diagnosis(NamedTuple):
+    """What was wrong with one image; see `inference.Restored` for each."""
+
+    sigma: float
+    flips: float | None
+    patches: float | None
+    gray: float
+
+    @property
+    def has_flips(self) -> bool:
+        return self.flips is not None and self.flips >= UNDAMAGED_SHARE
+
+    @property
+    def lost_colour(self) -> bool:
+        return self.gray >= UNDAMAGED_GRAY
 
 
-def diagnose(damaged: Tensor, restored: Tensor, survival: Tensor | None) -> Diagnosis:
-    """What was wrong with each image, read off what the network did to it: sigma, flips, patches, gray.
+def diagnose(damaged: Tensor, restored: Tensor, survival: Tensor | None) -> list[Diagnosis]:
+    """What was wrong with each image, read off what the network did to it.
 
     Args:
         damaged, restored: uint8 [B, 3, H, W].
@@ -53,18 +68,18 @@ def evidence(
     return torch.stack([part[..., rows, columns].sum(dim=(1, 2, 3), dtype=torch.float32) for part in parts])
 
 
-def verdict(sums: Tensor, *, gated: bool) -> Diagnosis:
-    """The diagnosis that `evidence` amounts to."""
+def verdict(sums: Tensor, *, gated: bool) -> list[Diagnosis]:
+    """The diagnoses that `evidence` amounts to."""
     area, flipped, painted, kept, removed, weight, had, has = sums
     luma_sigma = (removed / kept.clamp(min=1)).sqrt()
     sigma = luma_sigma / (0.299**2 + 0.587**2 + 0.114**2) ** 0.5  # independent channels average out in the luma
     had, has = had / weight.clamp(min=1e-6), has / weight.clamp(min=1e-6)
     gray = ((has - had) / has.clamp(min=1.0)).clamp(min=0.0)
-    shares: list[list[float | None]] = [
-        list(share.tolist()) if gated else [None] * len(area)
-        for share in (flipped / (area - painted).clamp(min=1), painted / area)
+    flips, patches = flipped / (area - painted).clamp(min=1), painted / area
+    return [
+        Diagnosis(row[0], row[1] if gated else None, row[2] if gated else None, row[3])
+        for row in torch.stack([sigma, flips, patches, gray], dim=1).tolist()
     ]
-    return sigma.tolist(), shares[0], shares[1], gray.tolist()
 
 
 def destroyed_pixels(survival: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,6 +91,23 @@ def destroyed_pixels(survival: Tensor) -> tuple[Tensor, Tensor]:
     dense = _mean_around(destroyed.to(torch.uint8), 7) > 0.8
     painted = (sum_around(dense.to(torch.uint8), 7) > 0) & destroyed
     return destroyed & ~painted, painted
+
+
+def filled(damaged: Tensor, restored: Tensor, survival: Tensor, lost_colour: Tensor) -> Tensor:
+    """The damaged images with what was restored in the place of destroyed pixels, without colour where it was lost.
+
+    Where pixels were flipped the network sees all others better without them: restored once more, such images gain up
+    to 3 dB. Figures: DECISIONS.md, "Flips first".
+
+    Args:
+        damaged, restored: uint8 [B, 3, H, W].
+        survival: the gate's logits [B, 1, H, W].
+        lost_colour: whether the image was diagnosed as gray, bool [B].
+
+    Returns uint8 [B, 3, H, W].
+    """
+    content = torch.where(lost_colour.reshape(-1, 1, 1, 1), to_gray(restored), restored)
+    return torch.where(survival < 0, content, damaged)
 
 
 def repair_only(

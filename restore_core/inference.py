@@ -21,8 +21,10 @@ from restore_core.diagnosis import (
     UNDAMAGED_GRAY,
     UNDAMAGED_SHARE,
     UNDAMAGED_SIGMA_255,
+    Diagnosis,
     diagnose,
     evidence,
+    filled,
     repair_only,
     verdict,
 )
@@ -249,26 +251,31 @@ class Restorer:
         batch = to_device(torch.from_numpy(np.stack(images)), device).permute(0, 3, 1, 2)  # [B, 3, H, W]
         image, survival = self._predict(batch, device)
         output = to_uint8(image)
-        diagnoses = diagnose(batch, output, survival)
+        found = diagnose(batch, output, survival)
         if survival is not None:
+            flipped = [index for index, diagnosis in enumerate(found) if diagnosis.has_flips]
+            if flipped:  # once more, without them: see `filled`
+                some, gate, lost = batch[flipped], survival[flipped], _lost_colour([found[i] for i in flipped], device)
+                after = to_uint8(self._predict(filled(some, output[flipped], gate, lost), device)[0])
+                output[flipped] = after
+                for index, diagnosis in zip(flipped, diagnose(some, after, gate), strict=True):
+                    found[index] = diagnosis
             gates = (survival[:, 0] < 0).cpu().numpy()
             self._look_again(list(zip(images, output.permute(0, 2, 3, 1), gates, strict=True)))
-        if survival is not None and len(self.repair) < len(KINDS):
-            lost_colour = torch.tensor([gray >= UNDAMAGED_GRAY for gray in diagnoses[3]], device=device)
-            output = repair_only(self.repair, batch, output, survival, lost_colour)
+            if len(self.repair) < len(KINDS):
+                output = repair_only(self.repair, batch, output, survival, _lost_colour(found, device))
         pixels = _from_device(output.permute(0, 2, 3, 1).contiguous()).numpy()
-        return [Restored(*values) for values in zip(pixels, *diagnoses, strict=True)]
+        return [Restored(result, *diagnosis) for result, diagnosis in zip(pixels, found, strict=True)]
 
     @torch.inference_mode()
     def _in_pieces(self, image: Pixels, rung: Rung) -> Restored:
         """One image, in memory that grows with it by no more than the result and a bit a pixel."""
         height, width, _ = image.shape
         destroyed: strips.Mask | None = None
+        column = COLUMN_TILES * rung.tile
+        from_top = partial(self._from_top, rung=rung), column, min(OVERLAP, column * 3 // 4)
         if isinstance(self.network(rung.device), ResidualUNet):
-            column = COLUMN_TILES * rung.tile
-            output, destroyed = strips.predict(
-                image, lambda part: self._from_top(part, rung), column, min(OVERLAP, column * 3 // 4)
-            )
+            output, destroyed = strips.predict(image, *from_top)
         else:
             output = tiles.predict(
                 image,
@@ -287,21 +294,31 @@ class Restorer:
 
         side = min(BLOCK[rung.device.type], rung.tile * BLOCK[rung.device.type] // BLOCK["cpu"])
         blocks = list(tiles.blocks(height, width, side, CONTEXT))
-        sums = torch.zeros(8, 1, dtype=torch.float64)
-        for block in blocks:
-            sums += evidence(*tensors(block.around), *block.within).double().cpu()
-        (sigma,), (flips,), (patches,), (gray,) = verdict(sums, gated=destroyed is not None)
-        if destroyed is not None:
-            self._look_again([(image, torch.from_numpy(output), destroyed)])
-        if destroyed is not None and len(self.repair) < len(KINDS):
-            lost_colour = torch.tensor([gray >= UNDAMAGED_GRAY], device=rung.device)
+
+        def diagnosed() -> Diagnosis:
+            sums = sum(evidence(*tensors(block.around), *block.within).double().cpu() for block in blocks)
+            assert isinstance(sums, Tensor)
+            return verdict(sums, gated=destroyed is not None)[0]
+
+        def change(change_block: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
+            lost_colour = _lost_colour([found], rung.device)
             for block in blocks:
                 before, after, survival = tensors(block.around)
                 assert survival is not None
-                repaired = repair_only(self.repair, before, after, survival, lost_colour)
+                changed = change_block(before, after, survival, lost_colour)
                 # In place: around a block nothing but the gate is looked at.
-                output[block.at] = repaired[0, :, *block.within].permute(1, 2, 0).cpu().numpy()
-        return Restored(output, sigma, flips, patches, gray)
+                output[block.at] = changed[0, :, *block.within].permute(1, 2, 0).cpu().numpy()
+
+        found = diagnosed()
+        if destroyed is not None:
+            if found.has_flips:
+                change(filled)
+                strips.predict(output, *from_top, in_place=True)
+                found = diagnosed()
+            self._look_again([(image, torch.from_numpy(output), destroyed)])
+            if len(self.repair) < len(KINDS):
+                change(partial(repair_only, self.repair))
+        return Restored(output, *found)
 
     def _look_again(self, images: list[tuple[Pixels, Tensor, holes.Destroyed]]) -> None:
         """Fill the large holes of results, in place, also with what is seen at half the size.
@@ -397,6 +414,10 @@ def never_alone(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             module.forward = partial(convolved, module.forward)  # type: ignore[method-assign]
+
+
+def _lost_colour(found: list[Diagnosis], device: torch.device) -> Tensor:
+    return torch.tensor([diagnosis.lost_colour for diagnosis in found], device=device)
 
 
 def _from_device(values: Tensor) -> Tensor:

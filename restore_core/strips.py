@@ -1,5 +1,6 @@
 """Photographs of any size from top to bottom, for a network that takes some rows at a time; wide ones in columns."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -35,7 +36,7 @@ class Mask:
 
 
 def predict(
-    image: Pixels, network: Callable[[Pixels], Results], width: int, overlap: int
+    image: Pixels, network: Callable[[Pixels], Results], width: int, overlap: int, *, in_place: bool = False
 ) -> tuple[Pixels, Mask | None]:
     """The network's result for a whole image.
 
@@ -43,17 +44,18 @@ def predict(
         image: uint8 [H, W, 3]
         network: for a part of the image that is as high and no wider than `width`.
         overlap: pixels that neighbouring columns of a wider image share, as tiles do (`tiles.predict`).
+        in_place: write it over the image, of which columns are copied as long as they are needed: two, as a rule.
 
     Returns uint8 [H, W, 3], and where the gate says that a pixel was destroyed.
     """
     height, whole, _ = image.shape
-    result, destroyed = np.empty_like(image, order="C"), Mask(height, whole)
+    result, destroyed = image if in_place else np.empty_like(image, order="C"), Mask(height, whole)
     gated = False
     seam = torch.empty(0)  # [4 or 3, H, seam], what the column to the left has for it
-    for columns in spans(whole, width, overlap):
+    for columns, part in _columns(image, spans(whole, width, overlap), copied=in_place):
         (left, right), before, after = trimmed(columns, whole, overlap)
         top, parts = 0, []
-        for planes in network(image[:, slice(*columns)]):
+        for planes in network(part):
             gated = planes.shape[1] == 4
             both = planes[0, :, :, left - columns[0] : right - columns[0]]
             rows = slice(top, top + both.shape[1])
@@ -69,6 +71,17 @@ def predict(
             top = rows.stop
         seam = torch.cat(parts, dim=1) if parts else seam
     return result, destroyed if gated else None
+
+
+def _columns(
+    image: Pixels, columns: list[tuple[int, int]], *, copied: bool
+) -> Iterator[tuple[tuple[int, int], Pixels]]:
+    """Each with its part of the image, or a copy, made before results are written over what it shares with others."""
+    waiting, copies = deque(columns), deque[Pixels]()
+    for column in columns:
+        while copied and waiting and waiting[0][0] < column[1]:
+            copies.append(image[:, slice(*waiting.popleft())].copy())
+        yield column, copies.popleft() if copied else image[:, slice(*column)]
 
 
 def bands(

@@ -17,11 +17,11 @@ from restore_core import checkpoint, codec, degradations, diagnosis, holes, infe
 from restore_core.checkpoint import ModelFolder
 from restore_core.config import KINDS, AutoencoderConfig, Kind, ModelConfig, ResidualUNetConfig
 from restore_core.degradations import Generator, degrade, fixed_damage, seed_of
-from restore_core.diagnosis import UNDAMAGED_GRAY, destroyed_pixels, diagnose, repair_only
+from restore_core.diagnosis import destroyed_pixels, diagnose, repair_only
 from restore_core.errors import UsageError
 from restore_core.inference import CPU, Pixels, Restorer, Rung
 from restore_core.manifest import Row
-from restore_core.metrics import to_uint8
+from restore_core.metrics import psnr, to_uint8
 from restore_core.model import Prediction, ResidualUNet, build
 from restore_core.pipelines import stages
 
@@ -237,6 +237,26 @@ def test_columns_are_put_together_without_a_gap(overlap: int) -> None:
         np.testing.assert_array_equal(destroyed[rows, columns], image[rows, columns, 0] < 100)
 
 
+@pytest.mark.parametrize("overlap", [16, 48])
+def test_what_is_written_over_an_image_is_made_of_what_it_was(overlap: int) -> None:
+    def blurred(column: Pixels) -> strips.Results:
+        """Of columns, each part also of what is above it and beside it."""
+        x = torch.from_numpy(column.copy()).permute(2, 0, 1)[None].float() / 255
+        for top in range(0, len(column), 50):
+            seen = torch.from_numpy(column[max(0, top - 20) : top + 50].copy()).permute(2, 0, 1)[None].float() / 255
+            rows = x[:, :, top : top + 50]
+            yield torch.cat([(seen.mean() + rows + rows.roll(3, 3)) / 3, rows[:, :1] - 0.4], dim=1)
+
+    for height, width in SIZES:
+        image = np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
+        expected, gates = strips.predict(image, blurred, 64, overlap)
+        result, destroyed = strips.predict(image, blurred, 64, overlap, in_place=True)
+        assert result is image and destroyed is not None and gates is not None
+        np.testing.assert_array_equal(result, expected)
+        everywhere = slice(0, height), slice(0, width)
+        np.testing.assert_array_equal(destroyed[everywhere], gates[everywhere])
+
+
 def test_a_tile_fades_into_the_next_over_the_middle_of_what_they_share() -> None:
     numbers = iter(range(100))
     image = np.zeros((100, 100, 3), np.uint8)
@@ -324,12 +344,11 @@ def test_in_tiles_a_choice_of_damages_is_the_same_choice(
     assert survival is not None and torch.equal(survival[0] < 0, destroyed[0])
     after = to_uint8(whole)
     output = after[0].permute(1, 2, 0).numpy()
-    sigma, flips, patches, gray = diagnose(damaged, after, survival)
-    assert (result.flips, result.patches) == pytest.approx((flips[0], patches[0]), rel=1e-6)
-    assert (result.sigma, result.gray) == pytest.approx((sigma[0], gray[0]), rel=1e-4)
-    lost = torch.tensor(gray) > UNDAMAGED_GRAY
-    assert lost
-    expected = repair_only(repair, damaged, after, survival, lost)[0].permute(1, 2, 0)
+    (found,) = diagnose(damaged, after, survival)
+    assert (result.flips, result.patches) == pytest.approx((found.flips, found.patches), rel=1e-6)
+    assert (result.sigma, result.gray) == pytest.approx((found.sigma, found.gray), rel=1e-4)
+    assert found.lost_colour
+    expected = repair_only(repair, damaged, after, survival, torch.tensor([True]))[0].permute(1, 2, 0)
     np.testing.assert_array_equal(result.pixels, expected)
     assert not np.array_equal(result.pixels, output) and not np.array_equal(result.pixels, image)
 
@@ -403,7 +422,8 @@ def test_out_of_memory_the_batch_is_halved(restorer: Restorer, error: str) -> No
     plenty = restorer(images)
     seen = short_of_memory(restorer, 2 * 24 * 32, SHORTAGES[error])
     scarce = restorer(images)
-    assert [size[0] for size in seen] == [7, 3] + 7 * [1]
+    flipped = [result for result in plenty if result.flips and result.flips >= diagnosis.UNDAMAGED_SHARE]
+    assert [size[0] for size in seen] == [7, 3] + (7 + len(flipped)) * [1]
     assert {result.note for result in plenty} == {None}
     assert {result.note for result in scarce} == {"out of memory in a batch of 7; done in a batch of 1"}
     for one, other in zip(plenty, scarce, strict=True):
@@ -511,7 +531,7 @@ def perfect_diagnosis(**damage: object) -> tuple[list[list[float]], Tensor]:
     generator = Generator([seed_of(0, "diagnosis", str(index)) for index in range(len(clean))], "cpu")
     damaged, destroyed = degrade(clean, fixed_damage(generator, **damage), generator)  # type: ignore[arg-type]
     survival = torch.where(destroyed, -5.0, 5.0).reshape(len(clean), 1, 128, 128)
-    return [list(values) for values in diagnose(damaged, clean, survival)], destroyed  # type: ignore[arg-type]
+    return [list(values) for values in zip(*diagnose(damaged, clean, survival), strict=True)], destroyed
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 40), (9, 5), (60, 47)])
@@ -578,14 +598,59 @@ def test_lost_colour_is_lost_colour_and_not_noise() -> None:
 
 def test_a_grey_photograph_that_stays_grey_has_lost_nothing() -> None:
     grey = clean_photographs()[:, :1].expand(-1, 3, -1, -1).contiguous()
-    assert max(diagnose(grey, grey, None)[3]) == 0
+    assert max(found.gray for found in diagnose(grey, grey, None)) == 0
 
 
 def test_without_a_gate_noise_and_grey_are_still_told() -> None:
     clean = clean_photographs()
-    sigma, flips, patches, gray = diagnose(clean, clean, None)
-    assert (flips, patches) == ([None] * 3, [None] * 3)
-    assert max(sigma) == 0 and max(gray) < 0.01
+    for sigma, flips, patches, gray in diagnose(clean, clean, None):
+        assert flips is patches is None
+        assert sigma == 0 and gray < 0.01
+
+
+# --- Flips first ---------------------------------------------------------------------------------------------------
+
+
+def flipped_photographs() -> tuple[list[Pixels], list[Pixels]]:
+    """Clean and damaged: noise alone, flips, neither."""
+    clean = clean_photographs()
+    generator = Generator([5, 6, 7])
+    noisy, _ = degrade(clean, fixed_damage(generator, sigma_255=25), generator)
+    flipped, _ = degrade(clean, fixed_damage(generator, sigma_255=5, flips=0.3), generator)
+    damaged = torch.stack([noisy[0], flipped[1], clean[2]])
+    return [[*images.permute(0, 2, 3, 1).contiguous().numpy()] for images in (clean, damaged)]  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("name", "gain"), [("faces", 0.5), ("faces-fast", 1.0)])
+def test_with_flips_the_network_looks_again_without_them(
+    name: str, gain: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean, damaged = flipped_photographs()
+    restorer = Restorer(checkpoint.read(name))
+    calls: list[int] = []
+    forward = restorer._forward
+    monkeypatch.setattr(restorer, "_forward", lambda batch, device: calls.append(len(batch)) or forward(batch, device))
+    again = restorer(damaged)
+    assert calls == [3, 1]
+    monkeypatch.setattr(diagnosis, "UNDAMAGED_SHARE", 1.1)
+    once = restorer(damaged)
+    for index in (0, 2):
+        np.testing.assert_array_equal(again[index].pixels, once[index].pixels)
+    assert psnr(again[1].pixels, clean[1]) > psnr(once[1].pixels, clean[1]) + gain
+    assert (again[1].flips, again[1].patches) == (once[1].flips, once[1].patches)
+
+
+def test_in_the_place_of_flips_is_what_was_restored() -> None:
+    clean = clean_photographs()
+    generator = Generator([5, 6, 7])
+    damaged, destroyed = degrade(clean, fixed_damage(generator, flips=0.1), generator)
+    survival = torch.where(destroyed, -5.0, 5.0)
+    lost = torch.tensor([False, True, False])
+    result = diagnosis.filled(damaged, clean, survival, lost)
+    gone = destroyed.expand_as(clean)
+    assert torch.equal(result[~gone], damaged[~gone])
+    assert torch.equal(result[~lost][gone[~lost]], clean[~lost][gone[~lost]])
+    assert torch.equal(result[1][gone[1]], degradations.to_gray(clean)[1][gone[1]])
 
 
 # --- Only some damages ---------------------------------------------------------------------------------------------
@@ -597,7 +662,7 @@ def perfectly_repaired(repair: tuple[Kind, ...], **damage: object) -> tuple[Tens
     seeds = [seed_of(1, "repair", str(index)) for index in range(len(clean))]
     damaged, destroyed = degrade(clean, fixed_damage(Generator(seeds), **damage), Generator(seeds))  # type: ignore[arg-type]
     survival = torch.where(destroyed, -5.0, 5.0)
-    gray = torch.tensor(diagnose(damaged, clean, survival)[3]) > UNDAMAGED_GRAY
+    gray = torch.tensor([found.lost_colour for found in diagnose(damaged, clean, survival)])
     repaired = repair_only(repair, damaged, clean, survival, gray)
     return clean, damaged, repaired, *(mask.expand_as(clean) for mask in destroyed_pixels(survival))
 
@@ -648,7 +713,10 @@ def test_a_network_without_a_gate_cannot_choose(tmp_path: Path) -> None:
         Restorer(folder, repair=("noise",))
 
 
-def test_an_ensemble_with_the_mirror_image_does_not_know_left_from_right(tmp_path: Path) -> None:
+def test_an_ensemble_with_the_mirror_image_does_not_know_left_from_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diagnosis, "UNDAMAGED_SHARE", 1.1)  # or it sees another image the second time
     folder, image = model_folder(tmp_path), photograph(24, 32)  # sides that need no padding
     mirrored = np.ascontiguousarray(image[:, ::-1])
     ensemble, single = Restorer(folder, self_ensemble=True), Restorer(folder)

@@ -31,7 +31,7 @@ class PackDataset:
     """Share of the people whose photographs are held out for a final test, 0 to 1."""
     train_list: Path | None = None
     """People who are in train whatever the shares say: a text file, a name a line (LFW's peopleDevTrain.txt). A
-    first line that is the number of the others is no name."""
+    first line that only counts the others is skipped."""
     val_list: Path | None = None
     """The same for val."""
     test_list: Path | None = None

@@ -65,13 +65,13 @@ class RestoreBucket:
     """Restore each image and its mirror image and take the mean: a little better, twice the work."""
     precision: Precision = "auto"
     """Of the network's arithmetic. bfloat16 is 1.8 times as fast as float32 on CPUs with AMX or AVX-512 BF16, and
-    changes values by 1 or 2 of 255; auto takes it on GPUs since Ampere, else float32, the same on every machine."""
+    changes values by 1 or 2 of 255; auto takes it on GPUs since Ampere, else float32."""
     max_change: float | None = None
     """Do not write results that differ more from the input than this, on average over the pixels; 0 to 255."""
     retry_failed: str | None = None
     """Try failed objects again: all, or classes of the ledger's column `error`, such as read,denied."""
     max_failed_share: float = 0.5
-    """Exit with 1 when more than this share has failed, 0 to 1; at once, when that is so after the first 1,000."""
+    """Exit with 1 when more than this share has failed, 0 to 1; from 1,000 done on, stop as soon as that is so."""
 
     storage_class: str | None = None
     """Of all that is written to S3, such as STANDARD_IA or GLACIER_IR; else the bucket's default."""

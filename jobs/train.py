@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train a restorer on clean photographs: Ray Train, distributed data-parallel, fed by Ray Data from packed Parquet.
 
-Start it again with the same --name and it goes on after the last finished epoch. At the end STORAGE/NAME holds
+Start it again with the same --name and options and it goes on after the last finished epoch. At the end STORAGE/NAME holds
 model/ (for `restore_bucket.py --model`), metrics.csv, loss.png and samples.png.
 """
 
@@ -32,7 +32,7 @@ class Train:
     """Network and training plan; see PRESETS in restore_core/config.py."""
     init: str | None = None
     """Start from this model's weights, to fine-tune it: a bundled name, or the path or URI of a model folder. Its
-    network is trained then, whatever the preset's is, unless that is the same with more blocks."""
+    network is trained, not the preset's, unless the preset's is the same with more blocks."""
     schedule: str | None = None
     """SIZE:EPOCHS,SIZE+SIZE:EPOCHS,...: sides of the training samples in pixels (several: each step takes one of them),
     and passes over the photographs."""
@@ -50,8 +50,8 @@ class Train:
     workers: str = "auto"
     """Training processes: a number, or auto for every GPU of the cluster, else every CPU but one."""
     min_workers: int | None = None
-    """With as few as that training goes on when nodes are lost, from its last epoch; it takes more again when they are
-    back. Else it waits for all."""
+    """When nodes are lost, go on from the last epoch with at least this many, and take more again when they are back.
+    Else it waits for all."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes GPUs where the cluster has some."""
 

@@ -14,19 +14,20 @@ DOLLARS=${DOLLARS:-3.50} # an hour of the machine
 if [ "$DEVICE" = cuda ]; then
     faces=48+64:150,48+64+96+128:100,48+64+128+250:80
     fast=48+64:150,48+64+128+250:80
+    pixels=4194304 # of a training step: 64 photographs of 250 pixels
     sizes='48 64 128 0' validated=200 precision=bfloat16 rounds=5 epochs=4 batches='1 2 4 8 16 32 64 128'
     small=10000 large=2000 waits='16 64 256' runs=runs
 else # as little as goes
-    faces=16:1 fast=16:1
+    faces=16:1 fast=16:1 pixels=524288
     sizes=48 validated=4 precision=float32 rounds=1 epochs=1 batches='1 2'
     small=$((4 * $(nproc))) large=$small waits=4 runs=$RESULTS/runs
 fi
 
 models() {
     python jobs/train.py --data data/lfw-packed --storage "$runs" --name faces-gpu --preset faces --init faces \
-        --schedule $faces --batch-size 64 --device "$DEVICE"
+        --schedule $faces --batch-size 64 --step-pixels $pixels --device "$DEVICE"
     python jobs/train.py --data data/lfw-packed --storage "$runs" --name faces-fast-gpu --preset faces-fast \
-        --init faces-fast --schedule $fast --batch-size 64 --device "$DEVICE"
+        --init faces-fast --schedule $fast --batch-size 64 --step-pixels $pixels --device "$DEVICE"
 }
 
 quality() { # bfloat16, then float32: what it costs

@@ -17,7 +17,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,8 +35,8 @@ from restore_core.trainer import Photographs, Trainer
 
 SAVE_SECONDS, SAVE_STEPS = 75.0, 20
 """The model is written after so much time, but not before so many steps."""
-EARLY, LATE, TURN = (48, 64, 96), (48, 64, 128, 250), 0.4
-"""Sides of the samples, until that share of the time is over and from then on, pixels."""
+PHASES = Phase(sizes=(48, 64, 96), epochs=2), Phase(sizes=(48, 64, 128, 250), epochs=3)
+"""Sides of the samples, pixels; an epoch is a fifth of the time, however many passes over the photographs that is."""
 LEARNING_RATES = {"faces": 4e-4, "faces-fast": 7e-4}
 
 
@@ -58,14 +58,16 @@ def read(folder: Path, split: str, most: int | None = None) -> Photographs:
     return Photographs.of([row["key"] for row in rows], [p.tobytes() for p in pixels], heights, widths, canvas)
 
 
-def batches(photographs: Photographs, config: TrainConfig, seconds: float) -> Iterator[tuple[Photographs, int, float]]:
-    """Photographs (on the trainer's device) in random order, the side of the samples, and the share of the time that is
-    over. Under other keys in every pass: from those come crops and damages."""
+def batches(
+    photographs: Photographs, config: TrainConfig, share_done: Callable[[], float]
+) -> Iterator[tuple[Photographs, int, float]]:
+    """Photographs (on the trainer's device) in random order, the side of the samples, and how many epochs are over.
+    Under other keys in every pass: from those come crops and damages."""
     generator = random.Random(config.seed)  # noqa: S311
     order: list[int] = []
-    passes, began = 0, time.monotonic()
-    while (share := (time.monotonic() - began) / seconds) < 1:
-        size = generator.choice(EARLY if share < TURN else LATE)
+    passes = 0
+    while (epochs := share_done() * config.epochs) < config.epochs:
+        size = generator.choice(config.sizes(int(epochs)))
         count = max(1, min(config.batch_size, config.step_pixels // size**2, len(photographs)))
         if len(order) < count:
             passes += 1
@@ -73,7 +75,7 @@ def batches(photographs: Photographs, config: TrainConfig, seconds: float) -> It
         rows, order = order[:count], order[count:]
         at = to_device(torch.tensor(rows), photographs.pixels.device)
         keys = [f"{photographs.keys[row]} {passes}" for row in rows]
-        yield Photographs(keys, photographs.pixels[at], photographs.height[at], photographs.width[at]), size, share
+        yield Photographs(keys, photographs.pixels[at], photographs.height[at], photographs.width[at]), size, epochs
 
 
 def main() -> None:
@@ -90,9 +92,11 @@ def main() -> None:
     options = parser.parse_args()
     preset = PRESETS[options.preset]
     rate = options.learning_rate or LEARNING_RATES[options.preset]
+    initial = checkpoint.read(options.preset)
     config = dataclasses.replace(
-        preset, phases=(Phase(sizes=LATE, epochs=1),), batch_size=options.batch_size, step_pixels=options.step_pixels,
+        preset, phases=PHASES, batch_size=options.batch_size, step_pixels=options.step_pixels,
         val_images=options.val_images, optimizer=dataclasses.replace(preset.optimizer, learning_rate=rate),
+        seed=int(initial.sha256[:15], 16),  # as jobs/train.py --init has it: other samples than before
     )  # fmt: skip
     torch.backends.cudnn.benchmark = True  # few shapes, each seen thousands of times
     options.output.mkdir(parents=True, exist_ok=True)
@@ -111,7 +115,6 @@ def main() -> None:
         *(torch.from_numpy(a).to(device) for a in (photographs.pixels, photographs.height, photographs.width)),
     )
     trainer = Trainer(config, steps_per_epoch=1, device=device)
-    initial = checkpoint.read(options.preset)
     trainer.start_from(checkpoint.load(initial).state_dict())
     say(loaded_in=round(time.monotonic() - started, 1), photographs=len(resident), **trainer.evaluate(held_out))
 
@@ -119,8 +122,14 @@ def main() -> None:
     total = torch.zeros((), device=device)
     began = saved = time.monotonic()
 
-    def save(seconds: float) -> None:
+    def trained() -> float:
+        """Seconds of training until now."""
+        return time.monotonic() - began
+
+    def save() -> None:
         """Validate, and write the model folder, unless the training has diverged: then what is there stays."""
+        nonlocal began, saved, total, steps
+        seconds, paused = trained(), time.monotonic()
         row, loss = trainer.evaluate(held_out), total.item() / max(1, steps)
         rate = trainer.optimizer.param_groups[0]["lr"]
         say(seconds=round(seconds, 1), steps=trainer.steps, samples=samples, learning_rate=rate, train_loss=loss, **row)
@@ -136,14 +145,15 @@ def main() -> None:
             },
         )  # fmt: skip
         checkpoint.save(trainer.average, config.model, card, options.output / options.preset)
+        total, steps, saved = torch.zeros((), device=device), 0, time.monotonic()
+        began += saved - paused
 
-    for batch, size, share in batches(resident, config, options.seconds):
-        total += trainer.step(batch, size, share)
+    for batch, size, epochs in batches(resident, config, lambda: trained() / options.seconds):
+        total += trainer.step(batch, size, epochs)
         samples, steps = samples + len(batch), steps + 1
         if steps >= SAVE_STEPS and time.monotonic() > saved + SAVE_SECONDS:
-            save(time.monotonic() - began)
-            total, steps, saved = torch.zeros((), device=device), 0, time.monotonic()
-    save(time.monotonic() - began)
+            save()
+    save()
 
 
 if __name__ == "__main__":

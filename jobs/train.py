@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train a restorer on clean photographs: Ray Train, distributed data-parallel, fed by Ray Data from packed Parquet.
 
-Start it again with the same --name and options and it goes on after the last finished epoch. At the end STORAGE/NAME holds
-model/ (for `restore_bucket.py --model`), metrics.csv, loss.png and samples.png.
+Start it again with the same --name and options and it goes on after the last finished epoch. At the end STORAGE/NAME
+holds model/ (for `restore_bucket.py --model`), metrics.csv, loss.png and samples.png.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ class Train:
     learning_rate: float | None = None
     """Peak learning rate."""
     seed: int | None = None
-    """Run seed."""
+    """Run seed: 0, or with --init one that follows from the model it starts from."""
     precision: Precision | None = None
     """auto is bfloat16 where the device computes faster in it (GPUs since Ampere, CPUs with AMX), else float32."""
     workers: str = "auto"
@@ -82,6 +82,8 @@ def main(job: Train) -> int:
     initial = checkpoint.read(job.init, option="--init") if job.init is not None else None
     if initial and not (isinstance(config.model, ResidualUNetConfig) and config.model.extends(initial.architecture)):
         config = dataclasses.replace(config, model=initial.architecture)
+    if initial and job.seed is None:  # with the seed that it was trained with it would see the same samples again
+        config = dataclasses.replace(config, seed=int(initial.sha256[:15], 16))
     from restore_core import report
     from restore_core.pipelines import training
 

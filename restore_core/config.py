@@ -308,7 +308,8 @@ PRESETS: dict[str, TrainConfig] = {
         phases=parse_schedule("48:20,48+64+96:5,48+64+128+250:3"),
     ),
 }
-"""What `jobs/train.py --preset` takes, once the name is in `Train.preset` there too; options such as `--schedule` and `--learning-rate` change one part."""
+"""What `jobs/train.py --preset` takes, once the name is in `Train.preset` there too; options such as `--schedule` and
+`--learning-rate` change one part."""
 
 VARIANTS: dict[str, ModelConfig] = {
     "base": AutoencoderConfig(),

@@ -25,6 +25,7 @@ Mask = npt.NDArray[np.bool_]
 
 NOISE, FLIPS, PATCHES, GRAY = range(4)
 MAX_PATCHES = 5
+LAYOUTS = 16  # of the squares, of which the one is taken where they overlap least
 
 STANDARD: dict[str, dict[str, float]] = {
     "clean": {},
@@ -256,14 +257,14 @@ def _draw_flips(images: Tensor, probability: Tensor, generator: Generator) -> tu
 
 
 def _draw_patches(
-    images: Tensor, area: Tensor, count: Tensor, coloured: Tensor, generator: Generator, layouts: int = 16
+    images: Tensor, area: Tensor, count: Tensor, coloured: Tensor, generator: Generator
 ) -> tuple[Tensor, Tensor]:
     batch, _, height, width = images.shape
     device = images.device
     used = torch.arange(MAX_PATCHES, device=device)[None, :] < count[:, None]  # [B, K]
     side = torch.sqrt(area * height * width / count).round().clamp(max=min(height, width)).long()  # [B]
-    # Where the squares fell on each other the covered area would shrink: of several layouts keep the least overlapping.
-    place = generator.uniform(layouts, MAX_PATCHES, 2)
+    # Where the squares fell on each other the covered area would shrink.
+    place = generator.uniform(LAYOUTS, MAX_PATCHES, 2)
     room = torch.stack((height - side + 1, width - side + 1), dim=1)  # [B, 2] positions per axis
     corner = (place * room[:, None, None, :]).long()  # [B, L, K, 2]
     gap = (corner[:, :, :, None] - corner[:, :, None, :]).abs()  # [B, L, K, K, 2]

@@ -267,7 +267,7 @@ def image_of_row(storage: Storage, key: str, group: int | None, index: int) -> b
 
 
 def splits(table: pa.Table) -> list[str]:
-    """The split of every row: its column `split`, else by a hash of the image (90 % train, 10 % val)."""
+    """The split of every row: its column `split`, else by a hash of its key (90 % train, 10 % val)."""
     if "split" in table.column_names:
         return table["split"].to_pylist()  # type: ignore[no-any-return]
     return [split_of(key, val_share=0.1, test_share=0.0) for key in keys_of(table)]

@@ -286,7 +286,8 @@ class Trainer:
         return torch.cat(batches)
 
     def _validation_generator(self, name: str, keys: list[str]) -> Generator:
-        return Generator([seed_of(self.config.seed, "validation", name, key) for key in keys], self.device)
+        # Not of the run's seed: what runs come to is compared.
+        return Generator([seed_of(0, "validation", name, key) for key in keys], self.device)
 
     def card(self, last: Mapping[str, float], trained: dict[str, Any]) -> dict[str, Any]:
         """What is written beside the weights (see `checkpoint.save`): how it was `trained`, the `last` evaluation."""

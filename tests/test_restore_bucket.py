@@ -346,7 +346,7 @@ def test_separate_processes_give_the_same_bytes(tree: tuple[Path, Path], tmp_pat
         Row(key=item.key, size=item.size, etag=item.etag, model=plan.model.sha256, options="o", run_id="r")
         for item in source.list()
     ]
-    dataset = build_dataset(list(object_units(rows, 4, 1)), plan, actors=1, batch_size=4, separate=True, gpus=0)
+    dataset = build_dataset(list(object_units(rows, 4, 1)), plan, actors=1, batch_size=4, separate=True)
     found = [row for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow") for row in
              manifest.rows_of(table)]  # fmt: skip
     assert files_of(tmp_path) == files_of(tree[1])
@@ -453,7 +453,7 @@ def test_frames_and_pages_are_restored_one_by_one(
     ]
     # Ray cuts tables of more than this, between any two rows of them.
     monkeypatch.setattr(ray.data.DataContext.get_current(), "target_max_block_size", 5000)
-    dataset = build_dataset(list(object_units(work, 4, 1)), plan, actors=1, batch_size=4, separate=True, gpus=0)
+    dataset = build_dataset(list(object_units(work, 4, 1)), plan, actors=1, batch_size=4, separate=True)
     found = [
         row
         for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow")

@@ -289,7 +289,7 @@ def open_header(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> ImageFi
 
 @contextlib.contextmanager
 def _decoding(data: bytes) -> Iterator[None]:
-    """Turn what Pillow raises on a bad file into ItemError. Only calls of Pillow belong inside."""
+    """Turn what Pillow raises on a bad file into ItemError. What reads the file belongs inside, no more."""
     try:
         yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

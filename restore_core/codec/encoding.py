@@ -280,13 +280,9 @@ def _strip_webp(source: bytes, block: bytes) -> bytes:
 
 def thumbnail_jpeg(pixels: Pixels, max_side: int) -> bytes:
     """Encode uint8 [H, W, 3] pixels as a JPEG of quality 90; its sides are at most `max_side`."""
-    return _saved(_thumbnail(pixels, max_side), "JPEG", quality=90)
-
-
-def _thumbnail(pixels: Pixels, max_side: int) -> Image.Image:
     image = Image.fromarray(np.ascontiguousarray(pixels))
     image.thumbnail((max_side, max_side))
-    return image
+    return _saved(image, "JPEG", quality=90)
 
 
 def _saved(image: Image.Image, format: str, **options: object) -> bytes:

@@ -1,1 +1,1 @@
-"""The jobs' graphs: packing, training on Ray Train, restoring on Ray Data."""
+"""The jobs' graphs: packing, restoring, proving and evaluating on Ray Data, training on Ray Train and Tune."""

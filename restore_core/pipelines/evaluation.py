@@ -53,7 +53,6 @@ class Plan:
     """Of the models' arithmetic, see `inference.Restorer`."""
     self_ensemble: bool = False
     """Average over each image and its mirror image."""
-    threads: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +94,7 @@ class Evaluator:
     """photographs (`sources.DECODED_SCHEMA`) -> rows of measurements"""
 
     def __init__(self, plan: Plan) -> None:
-        torch.set_num_threads(plan.threads)
+        torch.set_num_threads(1)
         self.plan = plan
         self.restorers = {
             folder.name: Restorer(folder, plan.device, self_ensemble=plan.self_ensemble, precision=plan.precision)

@@ -28,7 +28,6 @@ import torch
 
 from restore_core import codec, manifest, provenance, sources
 from restore_core.checkpoint import ModelFolder
-from restore_core.config import KINDS, Kind, Precision
 from restore_core.errors import ItemError, UsageError
 from restore_core.inference import check_repair
 from restore_core.lease import Lease
@@ -36,7 +35,7 @@ from restore_core.manifest import Found, Ledger, Overview, Row
 from restore_core.pipelines import cluster, shards, stages
 from restore_core.pipelines.account import BACKPRESSURE, BACKPRESSURE_KEY, Account, Stopped
 from restore_core.pipelines.listing import Input, Listed, RowGroup, RowGroups, list_input, object_units, row_group_unit
-from restore_core.pipelines.stages import RestoreRun
+from restore_core.pipelines.stages import RestoreRun, ResultOptions
 from restore_core.storage import Object, Storage
 
 logger = logging.getLogger(__name__)
@@ -56,12 +55,10 @@ LOST_ROW_GROUP = "working on its row group failed twice: one of the images there
 INTERRUPTED = "interrupted; the same command goes on from here"
 SAMPLE_SIDE = 320
 """Of the pictures on the page, pixels."""
-RESULT_OPTIONS = ("strip_metadata", "repair", "self_ensemble", "max_change", "frames", "precision")
-"""Options that decide what a restored file looks like; with another value it is done again."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RestoreOptions:
+class RestoreOptions(ResultOptions):
     model: str
     keys: str | None = None
     """A list of keys to work on, in place of the input's listing."""
@@ -72,21 +69,10 @@ class RestoreOptions:
     batch_size: int = 16
     max_pixels: int | None
     """None: what the nodes' memory allows."""
-    strip_metadata: bool = False
-    frames: codec.Frames = "refuse"
-    repair: tuple[Kind, ...] = KINDS
-    self_ensemble: bool = False
-    precision: Precision = "auto"
-    max_change: float | None = None
-    """Results that differ more from the input are not written: mean absolute difference, of 255."""
     retry: frozenset[str] = frozenset()
     """Classes of failures that are tried again."""
     max_failed_share: float = 1.0
     """When more of the objects of this run have failed, it is stopped, but not before `account.VERDICT_ROWS`."""
-
-    def identity(self) -> str:
-        """Hash of the options that decide the result."""
-        return manifest.options_hash({name: getattr(self, name) for name in RESULT_OPTIONS})
 
 
 @dataclass(frozen=True)
@@ -123,7 +109,7 @@ class Summary:
 
 
 class Stage:
-    """What all actors have: the run, threads for reading, coding and writing, and processes for the codec."""
+    """What a process needs that decodes or writes: the run, threads for that, and processes for the codec."""
 
     def __init__(self, run: "list[ray.ObjectRef[RestoreRun]]") -> None:
         self.run: RestoreRun = ray.get(run[0])
@@ -180,7 +166,7 @@ def _gpu_is_lost() -> bool:
 
 @functools.lru_cache(maxsize=1)
 def _stage(run: "ray.ObjectRef[RestoreRun]") -> Stage:
-    """What a process needs that decodes or writes; it stays for the tasks that follow there."""
+    """It stays for the tasks that follow in that process."""
     return Stage([run])
 
 
@@ -225,7 +211,6 @@ def build_dataset(
     most_actors: int = 0,
     batch_size: int,
     separate: bool,
-    gpus: float,
     cpus: int = 1,
     alone: bool = False,
 ) -> ray.data.Dataset:
@@ -241,7 +226,7 @@ def build_dataset(
     each: dict[str, Any] = {
         "batch_size": 1, "batch_format": "pyarrow", "runtime_env": {"env_vars": cluster.WORKER_MEMORY},
     }  # fmt: skip
-    actor = {**each, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 1}
+    actor = {**each, "num_gpus": 1 if run.device == "cuda" else 0, "max_restarts": -1, "max_task_retries": 1}
     dataset = ray.data.from_arrow([stages.pack(unit) for unit in units])
     # With GPUs two are worked on, so that one's pixels come and go while the network has the other's. As many wait, so
     # that no actor does; with fewer Ray would take none of the nodes that join (`actor_pool_util_upscaling_threshold`).
@@ -320,9 +305,8 @@ def _restore(
             # run told the options of the old one, the old row would be believed.
             lease.check()
             now = datetime.now(UTC)
-            again = [*(wave.rows[key] for key in wave.old), *wave.others]
-            if again:
-                begun.append([replace(row, finished_at=now) for row in again])
+            if wave.again:
+                begun.append([replace(row, finished_at=now) for row in wave.again])
             _restore_wave(wave, run, actors, options, account)
             del wave  # before the next one is made
     except Stopped as verdict:
@@ -410,15 +394,13 @@ def _restore(
 class _Wave:
     """What is handed to Ray at once."""
 
-    rows: dict[str, Row]
+    rows: dict[str, Row] = field(default_factory=dict)
     """By their keys, not yet filled in."""
-    old: set[str]
-    """Keys that have a row of an earlier run."""
-    groups: list[RowGroup] | None
+    groups: list[RowGroup] | None = None
     """Where the input is Parquet: theirs, whole."""
-    others: list[Row] = field(default_factory=list)
-    """In the first wave: what has its former output where another row group's is written now. It is of a later wave, or
-    its key has left the input."""
+    again: list[Row] = field(default_factory=list)
+    """What has a row of an earlier run, and is written over; in the first wave of Parquet also what has its former
+    output where another row group's is written now: it is of a later wave, or its key has left the input."""
     refusable: dict[str, str] = field(default_factory=dict)
     """Keys whose output an earlier run has made, and of which version of the object (its etag)."""
 
@@ -465,7 +447,7 @@ class _Work:
         )  # fmt: skip
 
     def _of_objects(self) -> Iterator[_Wave]:
-        wave, seconds = _Wave({}, set(), None), WAVE_SECONDS
+        wave, seconds = _Wave(), WAVE_SECONDS
         end = time.monotonic() + seconds
         for found in self._found(self.listing):
             self.account.listed += 1
@@ -478,7 +460,7 @@ class _Work:
                 wave.refusable[found.item.key] = found.item.etag
             if len(wave.rows) == WAVE_OBJECTS or time.monotonic() > end:
                 yield wave
-                wave, seconds = _Wave({}, set(), None), 2 * seconds
+                wave, seconds = _Wave(), 2 * seconds
                 end = time.monotonic() + seconds
         self.account.complete = True
         if wave.rows:
@@ -498,7 +480,7 @@ class _Work:
                 moved[place] = True
             to_do[place] |= found.attempt is not None or moved[place]
         written = {group.output_key for index, group in enumerate(groups.groups) if to_do[index]}
-        wave = _Wave({}, set(), [])
+        wave = _Wave(groups=[])
         for row, found in zip(groups.order, self._found(Input(groups.objects(), groups)), strict=True):
             place = groups.group_of(row)
             if not to_do[place]:
@@ -507,12 +489,12 @@ class _Work:
                 if found.row.output_key is not None:
                     self.account.shards.add(found.row.output_key)
             elif found.row and found.row.output_key in written and moved[place]:
-                wave.others.append(self._row(found.item, int(attempts[row])))
+                wave.again.append(self._row(found.item, int(attempts[row])))
         self.account.listed = len(groups.order)
         rows = self.ledger.rows(manifest.COLUMNS) if written else iter(())  # else nothing of theirs is written over
         for gone, _ in shards.left(rows, groups, written):
             for row in manifest.rows_of(gone):
-                wave.others.append(self._row(Object(row.key, row.size, row.etag), row.attempt + 1))
+                wave.again.append(self._row(Object(row.key, row.size, row.etag), row.attempt + 1))
         for index, group in enumerate(groups.groups):
             if not to_do[index]:
                 continue
@@ -524,7 +506,7 @@ class _Work:
                 self._add(wave, item, int(attempts[place]), old=bool(old[place]))
             if len(wave.rows) >= WAVE_OBJECTS:
                 yield wave
-                wave = _Wave({}, set(), [])
+                wave = _Wave(groups=[])
         self.account.complete = True
         if wave.rows:
             yield wave
@@ -538,7 +520,7 @@ class _Work:
     def _add(self, wave: _Wave, item: Object, attempt: int, *, old: bool) -> None:
         wave.rows[item.key] = self._row(item, attempt)
         if old:
-            wave.old.add(item.key)
+            wave.again.append(wave.rows[item.key])
         self.account.total += 1
 
 
@@ -592,12 +574,7 @@ def _plan(
         threads=1 if separate else max(actors.cpus, min(cpus // actors.count, cluster.cpus_per_node())),
         max_pixels=options.max_pixels
         or cluster.pixel_budget(actors.device, actors.count if actors.device == "cpu" else cpus, cpus_each=actors.cpus),
-        strip_metadata=options.strip_metadata,
-        frames=options.frames,
-        repair=options.repair,
-        self_ensemble=options.self_ensemble,
-        precision=options.precision,
-        max_change=options.max_change,
+        **options.result(),
     )
     return run, actors
 
@@ -627,7 +604,6 @@ def _restore_wave(wave: _Wave, run: RestoreRun, actors: _Actors, options: Restor
                 batch_size=options.batch_size,
                 cpus=actors.cpus,
                 separate=run.device == "cuda" and wave.groups is None,
-                gpus=1 if run.device == "cuda" else 0,
                 alone=alone,
             )
             unit_rows = 0 if wave.groups is not None else 1 if alone else options.batch_size

@@ -12,9 +12,9 @@ import socket
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -53,18 +53,10 @@ leave 1.2 GB, which the next ones take: to get them anew took a tenth of a job's
 
 
 @dataclass(frozen=True, kw_only=True)
-class RestoreRun:
-    """What every actor is told."""
+class ResultOptions:
+    """What decides what a restored file looks like; with another value it is done again."""
 
-    input: Storage
-    output: Storage
-    model: ModelFolder
-    device: Literal["cpu", "cuda"]
-    threads: int
-    """Of torch in each actor."""
-    max_pixels: int
-    """Larger pictures are refused as `too_large`."""
-    strip_metadata: bool
+    strip_metadata: bool = False
     repair: tuple[Kind, ...] = KINDS
     """Kinds of damage to repair."""
     self_ensemble: bool = False
@@ -75,6 +67,27 @@ class RestoreRun:
     """Of files that hold several pictures."""
     max_change: float | None = None
     """Results that differ more from the input are not written: mean absolute difference, of 255."""
+
+    def result(self) -> dict[str, Any]:
+        """These alone, by name."""
+        return {option.name: getattr(self, option.name) for option in fields(ResultOptions)}
+
+    def identity(self) -> str:
+        return manifest.options_hash(self.result())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreRun(ResultOptions):
+    """What every actor is told."""
+
+    input: Storage
+    output: Storage
+    model: ModelFolder
+    device: Literal["cpu", "cuda"]
+    threads: int
+    """Of torch in each actor."""
+    max_pixels: int
+    """Larger pictures are refused as `too_large`."""
 
     def restorer(self) -> Restorer:
         return Restorer(

@@ -89,14 +89,13 @@ def quality_curves(rows: list[dict[str, Any]]) -> bytes:
     return sink.getvalue()
 
 
-def triptychs(pictures: list[tuple[str, list[Any]]], side: int = 250) -> bytes:
+def triptychs(pictures: list[tuple[str, list[Any]]]) -> bytes:
     """Pictures in rows with a caption above each: damaged, restored, truth. Returns a PNG.
 
     Args:
         pictures: caption, and uint8 images [H, W, 3] of one size; small ones are shown enlarged, large ones shrunk.
-        side: of each picture shown, pixels.
     """
-    gap, caption = 6, 16
+    side, gap, caption = 250, 6, 16
     widest = max(len(images) for _, images in pictures)
     per_row = 2
     width = per_row * (widest * (side + gap) + 2 * gap)

@@ -1,11 +1,11 @@
 """What an evaluation leaves to look at: tables, PSNR over sizes, and pictures side by side."""
 
-import io
 from typing import Any
 
 from PIL import Image, ImageDraw
 
 from restore_core import provenance
+from restore_core.report.drawing import plot_png, sheet_png
 
 
 def size_name(size: int) -> str:
@@ -84,9 +84,7 @@ def quality_curves(rows: list[dict[str, Any]]) -> bytes:
     figure.supxlabel("side of the photograph, pixels", fontsize=9)
     figure.supylabel("PSNR, dB", fontsize=9)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, fontsize=8)
-    sink = io.BytesIO()
-    figure.savefig(sink, format="png", dpi=100)
-    return sink.getvalue()
+    return plot_png(figure)
 
 
 def triptychs(pictures: list[tuple[str, list[Any]]]) -> bytes:
@@ -111,6 +109,4 @@ def triptychs(pictures: list[tuple[str, list[Any]]]) -> bytes:
             size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
             how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
             sheet.paste(image.resize(size, how), (left + place * (side + gap), top + caption))
-    sink = io.BytesIO()
-    sheet.save(sink, format="PNG")
-    return sink.getvalue()
+    return sheet_png(sheet)

@@ -1,7 +1,6 @@
 """One self-contained page about a restored bucket."""
 
 import base64
-import io
 import json
 from array import array
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from restore_core.manifest import Overview, Row
+from restore_core.report.drawing import plot_png
 
 
 def restore_page(
@@ -64,9 +64,7 @@ def _change_plot(changes: "array[float]") -> bytes:
     axes.stairs(counts, edges, fill=True, color="#4878a8")
     axes.set(xlabel="mean absolute change of a restored photograph, of 255", ylabel="photographs")
     axes.grid(alpha=0.3)
-    sink = io.BytesIO()
-    figure.savefig(sink, format="png", dpi=100)
-    return sink.getvalue()
+    return plot_png(figure)
 
 
 def _data_uri(data: bytes, kind: str) -> str:

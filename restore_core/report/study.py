@@ -1,6 +1,5 @@
 """What a comparison of networks leaves to look at: a table, their curves, and faces side by side."""
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from restore_core import provenance
-from restore_core.report.training import paste
+from restore_core.report.drawing import paste, plot_png, sheet_png
 
 OVERVIEW_SIDE = 144  # pixels, about: of a face in the overview
 
@@ -71,9 +70,7 @@ def study_plot(histories: dict[str, list[dict[str, float]]]) -> bytes:
     for axes in (losses, quality):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    sink = io.BytesIO()
-    figure.savefig(sink, format="png", dpi=100)
-    return sink.getvalue()
+    return plot_png(figure)
 
 
 def overview(damages: Sequence[str], columns: list[tuple[str, Tensor]]) -> bytes:
@@ -95,6 +92,4 @@ def overview(damages: Sequence[str], columns: list[tuple[str, Tensor]]) -> bytes
         left = margin + column * cell
         draw.text((left + cell // 2, header // 2), name, "black", anchor="mm", font_size=14)
         paste(sheet, images.repeat_interleave(scale, 2).repeat_interleave(scale, 3), left, header, gap)
-    sink = io.BytesIO()
-    sheet.save(sink, format="PNG")
-    return sink.getvalue()
+    return sheet_png(sheet)

@@ -1,11 +1,11 @@
 """What a training leaves to look at: the loss plot and the sample sheet."""
 
-import io
 from itertools import pairwise
-from typing import Any
 
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from restore_core.report.drawing import paste, plot_png, sheet_png
 
 
 def loss_plot(history: list[dict[str, float]]) -> bytes:
@@ -30,9 +30,7 @@ def loss_plot(history: list[dict[str, float]]) -> bytes:
     for before, after in pairwise(history):
         if before["size"] != after["size"]:
             losses.axvline(after["epoch"] - 0.5, color="gray", linestyle=":")
-    sink = io.BytesIO()
-    figure.savefig(sink, format="png", dpi=100)
-    return sink.getvalue()
+    return plot_png(figure)
 
 
 def sample_sheet(clean: Tensor, columns: list[tuple[str, Tensor, Tensor]]) -> bytes:
@@ -56,13 +54,4 @@ def sample_sheet(clean: Tensor, columns: list[tuple[str, Tensor, Tensor]]) -> by
         left += 2 * side + 3 * gap
     draw.text((left, 2), "truth", fill="black")
     paste(sheet, clean, left, header, gap)
-    sink = io.BytesIO()
-    sheet.save(sink, format="PNG")
-    return sink.getvalue()
-
-
-def paste(sheet: Any, images: Tensor, left: int, top: int, gap: int) -> None:
-    """Paste uint8 images [B, 3, H, W] into a column of a Pillow image, `gap` pixels apart."""
-    for row, image in enumerate(images):
-        pixels = image.permute(1, 2, 0).contiguous().numpy()
-        sheet.paste(Image.fromarray(pixels), (left, top + row * (pixels.shape[0] + gap)))
+    return sheet_png(sheet)

@@ -76,7 +76,7 @@ class Ledger:
     def merge(self, choose: Callable[[Iterator[pa.Table]], Iterator[pa.Table]] = iter) -> int:
         """Make exactly one row a key, in few files, of those that `choose` leaves.
 
-        Returns how many rows there are. Interrupted anywhere, nothing is lost.
+        Returns how many of them are this run's. Interrupted anywhere, nothing is lost.
         """
         self._streams.clear()
         return self._merge(self._found(), self._generation(), choose)
@@ -123,7 +123,7 @@ class Ledger:
         generation: str,
         choose: Callable[[Iterator[pa.Table]], Iterator[pa.Table]] = iter,
     ) -> int:
-        waiting, total, parts = SCHEMA.empty_table(), 0, 0
+        waiting, own, parts = SCHEMA.empty_table(), 0, 0
 
         def write(table: pa.Table) -> None:
             nonlocal parts
@@ -131,7 +131,7 @@ class Ledger:
             parts += 1
 
         for table in choose(self._rows(streams, SCHEMA.names)):
-            total += len(table)
+            own += pc.sum(pc.equal(table["run_id"], self._run_id)).as_py() or 0
             waiting = pa.concat_tables([waiting, table])
             while len(waiting) >= FILE_ROWS:
                 write(waiting[:FILE_ROWS])
@@ -141,7 +141,7 @@ class Ledger:
         for stream in streams:
             for item in stream:
                 self._files.delete(item.key)
-        return total
+        return own
 
     def _read(self, stream: list[Object], columns: list[str]) -> Iterator[pa.Table]:
         """Files one after the other, of which one is in memory."""

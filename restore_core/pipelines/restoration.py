@@ -293,62 +293,15 @@ def _restore(
         listing, ledger, begun, output, model.sha256, options.identity(), options.retry, account, overview, run_id
     )
     started = time.perf_counter()
-    stopped: str | None = None
-    run: RestoreRun | None = None
-    try:
-        for wave in work.waves():
-            logger.info("%d objects listed, %d of them left to do", account.listed, account.total)
-            run, actors = _plan(
-                input, output, model, options, run.device if run else None, parquet=wave.groups is not None
-            )
-            # Before their outputs are overwritten: were the driver killed between that and the new row, and the next
-            # run told the options of the old one, the old row would be believed.
-            lease.check()
-            now = datetime.now(UTC)
-            if wave.again:
-                begun.append([replace(row, finished_at=now) for row in wave.again])
-            _restore_wave(wave, run, actors, options, account)
-            del wave  # before the next one is made
-    except Stopped as verdict:
-        stopped = str(verdict)
-    except UsageError as error:
-        if run is None:
-            raise
-        stopped = f"{error}; the same command goes on from here"  # the cluster has become another
-    except KeyboardInterrupt:
-        stopped = INTERRUPTED
+    run, stopped = _run_waves(work, input, model, options, lease)
     if stopped:
         logger.info("stopped: %s", stopped)
     lease.check()
-    notes = Ledger(output, run_id, folder="former")
-    former, gone, targets = set[str](), set[str](), set[str]()
-    # Of all of the input; of a part, what is not listed may be there all the same.
-    whole = options.keys is None and input.only is None and not options.resume_listing and not stopped
-    if listing.groups is not None:
-        targets = shards.targets(listing.groups)
-        former = shards.former(ledger, notes)
-        shards.keep(notes, former, run_id)  # before the merge, after which the ledger does not tell of them
-        if whole and targets <= account.shards:
-            gone = shards.delete(shards.outlived(former, ledger, begun, listing.groups), output)
-    noted = 0
-
-    def forget(parted: Iterator[tuple[pa.Table, pa.Table]]) -> Iterator[pa.Table]:
-        for left, rest in parted:
-            former.update(left["output_key"].to_pylist())
-            yield rest
-
-    def current(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-        nonlocal noted
-        if listing.groups is not None and whole:
-            marks = begun.rows(("key", "attempt"))
-            tables = forget(shards.left(tables, listing.groups, account.shards | gone, marks))
-        for table in tables:
-            noted += pc.sum(pc.equal(table["run_id"], run_id)).as_py() or 0
-            yield table
-
-    ledger.merge(current)
-    if listing.groups is not None:
-        shards.keep(notes, former - gone - (targets if targets <= account.shards else set()) - {None}, run_id)
+    if listing.groups is None:
+        noted = ledger.merge()
+    else:
+        whole = options.keys is None and input.only is None and not options.resume_listing and not stopped
+        noted = shards.merge(ledger, begun, listing.groups, output, run_id, account.shards, whole=whole)
     begun.merge(lambda marks: manifest.unanswered(marks, ledger.rows(("key", "attempt"))))
     output.remove_unfinished(before=lease.since)
     seconds = time.perf_counter() - started
@@ -388,6 +341,35 @@ def _restore(
         stopped=stopped,
         samples=_samples(overview.samples, input, output, listing.groups),
     )
+
+
+def _run_waves(
+    work: "_Work", input: Storage, model: ModelFolder, options: RestoreOptions, lease: Lease
+) -> tuple[RestoreRun | None, str | None]:
+    """Returns what the workers of the last wave were told, and why the run has ended before all was done, if it has."""
+    run: RestoreRun | None = None
+    try:
+        for wave in work.waves():
+            logger.info("%d objects listed, %d of them left to do", work.account.listed, work.account.total)
+            device = run.device if run else None
+            run, actors = _plan(input, work.output, model, options, device, parquet=wave.groups is not None)
+            # Before their outputs are overwritten: were the driver killed between that and the new row, and the next
+            # run told the options of the old one, the old row would be believed.
+            lease.check()
+            now = datetime.now(UTC)
+            if wave.again:
+                work.begun.append([replace(row, finished_at=now) for row in wave.again])
+            _restore_wave(wave, run, actors, options, work.account)
+            del wave  # before the next one is made
+    except Stopped as verdict:
+        return run, str(verdict)
+    except UsageError as error:
+        if run is None:
+            raise
+        return run, f"{error}; the same command goes on from here"  # the cluster has become another
+    except KeyboardInterrupt:
+        return run, INTERRUPTED
+    return run, None
 
 
 @dataclass(frozen=True)

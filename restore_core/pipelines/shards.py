@@ -15,6 +15,34 @@ from restore_core.storage import Storage
 logger = logging.getLogger(__name__)
 
 
+def merge(
+    ledger: Ledger, begun: Ledger, groups: RowGroups, output: Storage, run_id: str, written: set[str], *, whole: bool
+) -> int:
+    """`Ledger.merge` after a run over Parquet; what has outlived its use is deleted, or noted for a later run.
+
+    Args:
+        begun: what has been begun to be done again.
+        written: the outputs that are as they should be now.
+        whole: all of the input was listed, and the run was not stopped: else what is not listed may be there all the
+            same.
+    """
+    notes = Ledger(output, run_id, folder="former")
+    wanted, older, gone = targets(groups), former(ledger, notes), set[str]()
+    complete = wanted <= written
+    keep(notes, older, run_id)  # before the merge, after which the ledger does not tell of them
+    if whole and complete:
+        gone = delete(outlived(older, ledger, begun, groups), output)
+
+    def of_the_input(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        for departed, rest in left(tables, groups, written | gone, begun.rows(("key", "attempt"))):
+            older.update(departed["output_key"].to_pylist())
+            yield rest
+
+    own = ledger.merge(of_the_input if whole else iter)
+    keep(notes, older - gone - (wanted if complete else set()) - {None}, run_id)
+    return own
+
+
 def targets(groups: RowGroups) -> set[str]:
     """Where the input's rows are written to."""
     return {group.output_key for group in groups.groups}

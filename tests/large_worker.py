@@ -88,7 +88,7 @@ def main(source: Path, output: Path, model: str, megabytes: str = "") -> None:
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         for item in place.list():
             row = Row(key=item.key, size=item.size, etag=item.etag, model="m", options="o", run_id="r")
-            (row,) = stages.restore_objects([row], run, restorer, pool, codecs)
+            (row,) = stages.restore_objects([row], stages.Tools(run, pool, codecs), restorer)
             line = {"key": row.key, "status": row.status, "error": row.error, "message": row.message}
             line |= {"change": row.change, "seconds": row.seconds, "idle": idle() / 2**20}
             print(json.dumps({**line, **memory(), "together": together.most}), flush=True)

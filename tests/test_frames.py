@@ -300,18 +300,19 @@ def test_of_an_undamaged_animation_only_the_metadata_goes(
     )  # fmt: skip
     row = Row(key="a", size=len(source), etag="e", model="m", options="o", run_id="r")
     with Processes(1, max_pixels=10**6) as codecs, ThreadPoolExecutor(1) as pool:
-        frames = stages.decode([stages.Item(row, source)], run, codecs, pool)
+        tools = stages.Tools(run, pool, codecs)
+        frames = stages.decode([stages.Item(row, source)], tools)
         assert len(frames) == COUNT
-        after = stages.encode_file(frames, run, codecs)
+        after = stages.encode_file(frames, tools)
         assert (row.status, row.change, row.format) == ("unchanged", 0.0, name.split()[0])
         with Image.open(io.BytesIO(source)) as image:
             assert row.mode == image.mode
         assert after == without_metadata(source, picture=decode(source, frames="first"))
         assert np.array_equal(frames_of(after), frames_of(source))
-        row.status, run = None, replace(run, frames="first", strip_metadata=False)
-        frames = stages.decode([stages.Item(row, source)], run, codecs, pool)
+        row.status, tools = None, replace(tools, run=replace(run, frames="first", strip_metadata=False))
+        frames = stages.decode([stages.Item(row, source)], tools)
         assert row.message == "the first of 3 frames or pages; the others are left out"
-        assert stages.encode_file(frames, run, codecs) == source
+        assert stages.encode_file(frames, tools) == source
         assert row.message == "the first of 3 frames or pages; all are copied"
 
 
@@ -333,7 +334,7 @@ def test_small_files_that_unfold_to_much_are_counted(tmp_path: Path, small_model
     with Processes(1, max_pixels=10**8) as codecs, ThreadPoolExecutor(1) as pool:
         for data in (source, cut_off):
             items = [stages.Item(row, data) for _ in range(5)]
-            assert [len(group) for group in stages.groups(items, run, codecs, pool)] == [2, 2, 1]
+            assert [len(group) for group in stages.groups(items, stages.Tools(run, pool, codecs))] == [2, 2, 1]
 
 
 def test_a_damaged_frame_of_an_animated_png_is_not_taken_for_whole() -> None:

@@ -1173,9 +1173,8 @@ def test_parquet_that_changes_while_it_is_read_fails_whole(tmp_path: Path, small
             for index in range(4)
         ]
         with ThreadPoolExecutor(2) as pool, codec.Processes(1, 10**6) as codecs:
-            done = stages.restore_row_group(
-                rows, "a.parquet", group, "a.parquet", plan, plan.restorer(), pool, codecs, batch=3
-            )
+            tools = stages.Tools(plan, pool, codecs)
+            done = stages.restore_row_group(rows, "a.parquet", group, "a.parquet", tools, plan.restorer(), batch=3)
         assert not files_of(tmp_path / "out") and not list(plan.output.unfinished())
         return {(row.status, row.error, row.output_key) for row in done}
 

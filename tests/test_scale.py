@@ -65,7 +65,8 @@ with ThreadPoolExecutor(4) as pool, codec.Processes(1, run.max_pixels) as codecs
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(lines["VmHWM"].split()[0]) / 1024
     before = peak()
-    stages.restore_row_group(rows, "a.parquet", 0, "a.parquet", run, restorer, pool, codecs, batch=16)
+    tools = stages.Tools(run, pool, codecs)
+    stages.restore_row_group(rows, "a.parquet", 0, "a.parquet", tools, restorer, batch=16)
 print(sum(row.status == "restored" for row in rows), peak() - before)
 """
 

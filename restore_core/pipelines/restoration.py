@@ -108,34 +108,32 @@ class Summary:
 # --- In the actors -------------------------------------------------------------------------------------------------
 
 
-class Stage:
-    """What a process needs that decodes or writes: the run, threads for that, and processes for the codec."""
-
-    def __init__(self, run: "list[ray.ObjectRef[RestoreRun]]") -> None:
-        self.run: RestoreRun = ray.get(run[0])
-        torch.set_num_threads(self.run.threads)
-        self.pool = ThreadPoolExecutor(IO_THREADS)
-        self.codecs = codec.Processes(max(2, self.run.threads), self.run.max_pixels)
+@functools.lru_cache(maxsize=1)
+def _tools(reference: "ray.ObjectRef[RestoreRun]") -> stages.Tools:
+    """They stay for the tasks that follow in that process."""
+    run: RestoreRun = ray.get(reference)
+    torch.set_num_threads(run.threads)
+    return stages.Tools(run, ThreadPoolExecutor(IO_THREADS), codec.Processes(max(2, run.threads), run.max_pixels))
 
 
-class RestoreUnit(Stage):
+class RestoreUnit:
     """Everything for a unit, in one process that holds the model. unit -> ledger rows"""
 
     def __init__(self, run: "list[ray.ObjectRef[RestoreRun]]", batch_size: int) -> None:
-        super().__init__(run)
+        self.tools = _tools(run[0])
         self.batch_size = batch_size
-        self.restorer = self.run.restorer()
+        self.restorer = self.tools.run.restorer()
 
     def __call__(self, packed: pa.Table) -> pa.Table:
         unit = stages.unpack(packed)
         rows = manifest.rows_of(unit.select(manifest.SCHEMA.names))
         file, group, target = (unit[name][0].as_py() for name in ("file", "group", "target"))
-        with fresh_after_errors(self.run.device):
+        with fresh_after_errors(self.tools.run.device):
             if file is None:
-                done = stages.restore_objects(rows, self.run, self.restorer, self.pool, self.codecs)
+                done = stages.restore_objects(rows, self.tools, self.restorer)
             else:
                 done = stages.restore_row_group(
-                    rows, file, group, target, self.run, self.restorer, self.pool, self.codecs, self.batch_size
+                    rows, file, group, target, self.tools, self.restorer, batch=self.batch_size
                 )
         return manifest.table_of(done)
 
@@ -164,19 +162,13 @@ def _gpu_is_lost() -> bool:
     return False
 
 
-@functools.lru_cache(maxsize=1)
-def _stage(run: "ray.ObjectRef[RestoreRun]") -> Stage:
-    """It stays for the tasks that follow in that process."""
-    return Stage([run])
-
-
 def decode_unit(packed: pa.Table, run: "list[ray.ObjectRef[RestoreRun]]") -> Iterator[pa.Table]:
     """unit -> items with pixels, in one table or more"""
-    stage = _stage(run[0])
+    tools = _tools(run[0])
     rows = manifest.rows_of(stages.unpack(packed).select(manifest.SCHEMA.names))
-    items = stages.each(stage.pool, lambda row: stages.fetch(stages.Item(row), stage.run), rows)
-    for group in stages.groups(items, stage.run, stage.codecs, stage.pool):
-        yield stages.pack(stages.items_to_table(stages.decode(group, stage.run, stage.codecs, stage.pool)))
+    items = stages.each(tools.pool, lambda row: stages.fetch(stages.Item(row), tools.run), rows)
+    for group in stages.groups(items, tools):
+        yield stages.pack(stages.items_to_table(stages.decode(group, tools)))
 
 
 class RestoreItems:
@@ -196,11 +188,9 @@ class RestoreItems:
 
 def write_items(packed: pa.Table, run: "list[ray.ObjectRef[RestoreRun]]") -> pa.Table:
     """items with restored pixels -> ledger rows"""
-    stage = _stage(run[0])
+    tools = _tools(run[0])
     files = stages.files_of(stages.items_of_table(stages.unpack(packed)))
-    return manifest.table_of(
-        stages.each(stage.pool, lambda frames: stages.encode_and_write(frames, stage.run, stage.codecs), files)
-    )
+    return manifest.table_of(stages.each(tools.pool, lambda frames: stages.encode_and_write(frames, tools), files))
 
 
 def build_dataset(

@@ -95,6 +95,16 @@ class RestoreRun(ResultOptions):
         )
 
 
+@dataclass(frozen=True)
+class Tools:
+    """What a process has for the files that it reads, decodes, encodes or writes."""
+
+    run: RestoreRun
+    pool: Executor
+    """Threads: Pillow and the network release the interpreter."""
+    codecs: codec.Processes
+
+
 @dataclass
 class Item:
     """One object between two stages; what is not there yet, or no longer needed, is None."""
@@ -146,9 +156,9 @@ def fetch(item: Item, run: RestoreRun) -> Item:
     return item
 
 
-def groups(items: list[Item], run: RestoreRun, codecs: codec.Processes, pool: Executor) -> Iterator[list[Item]]:
+def groups(items: list[Item], tools: Tools) -> Iterator[list[Item]]:
     """What is decoded, restored and encoded together: memory stays within bounds, whatever the files unfold to."""
-    counts = each(pool, lambda item: _pixel_count(item, run, codecs), items)
+    counts = each(tools.pool, lambda item: _pixel_count(item, tools), items)
     group: list[Item] = []
     total = 0
     for item, count in zip(items, counts, strict=True):
@@ -160,28 +170,28 @@ def groups(items: list[Item], run: RestoreRun, codecs: codec.Processes, pool: Ex
     yield group
 
 
-def _pixel_count(item: Item, run: RestoreRun, codecs: codec.Processes) -> int:
+def _pixel_count(item: Item, tools: Tools) -> int:
     if not item.open or item.source is None:
         return 0
     try:
-        return codecs.pixel_count(item.source, frames=run.frames)
+        return tools.codecs.pixel_count(item.source, frames=tools.run.frames)
     except ItemError:  # decoding will say so
         return 0
 
 
-def decode(items: list[Item], run: RestoreRun, codecs: codec.Processes, pool: Executor) -> list[Item]:
+def decode(items: list[Item], tools: Tools) -> list[Item]:
     """Fill in the items; for files of several pictures, where all are wanted, an item for each follows the first."""
-    found = each(pool, lambda item: _decode(item, run, codecs), items)
+    found = each(tools.pool, lambda item: _decode(item, tools), items)
     return [item for frames in found for item in frames]
 
 
-def _decode(item: Item, run: RestoreRun, codecs: codec.Processes) -> list[Item]:
+def _decode(item: Item, tools: Tools) -> list[Item]:
     items = [item]
     if not item.open:
         return items
     with _wall(item.row):
         assert item.source is not None
-        first, *others = codecs.decode_frames(item.source, frames=run.frames)
+        first, *others = tools.codecs.decode_frames(item.source, frames=tools.run.frames)
         _describe(item.row, first)
         item.picture = first.picture
         if first.source is not None:
@@ -247,8 +257,9 @@ def _restore_one(item: Item, restorer: Restorer) -> Restored | ItemError:
         return ItemError("out_of_memory", f"{error}; use larger machines")
 
 
-def encode(item: Item, run: RestoreRun, codecs: codec.Processes) -> bytes | None:
+def encode(item: Item, tools: Tools) -> bytes | None:
     """The bytes to write; the source's own where it was undamaged, None where the item has failed."""
+    run, codecs = tools.run, tools.codecs
     with _wall(item.row):
         if not item.open:
             return None
@@ -265,14 +276,14 @@ def encode(item: Item, run: RestoreRun, codecs: codec.Processes) -> bytes | None
     return None
 
 
-def encode_file(frames: list[Item], run: RestoreRun, codecs: codec.Processes) -> bytes | None:
+def encode_file(frames: list[Item], tools: Tools) -> bytes | None:
     """The bytes to write for all frames of a file, whose row becomes the first one's; None if one has failed.
 
     The items let go of all that they hold.
     """
     try:
-        parts = [encode(item, run, codecs) for item in frames]
-        return parts[0] if len(frames) == 1 else _joined(frames, parts, run, codecs)
+        parts = [encode(item, tools) for item in frames]
+        return parts[0] if len(frames) == 1 else _joined(frames, parts, tools)
     finally:
         large = _any_large(frames)
         for item in frames:
@@ -281,8 +292,8 @@ def encode_file(frames: list[Item], run: RestoreRun, codecs: codec.Processes) ->
             memory.trim()
 
 
-def _joined(frames: list[Item], parts: list[bytes | None], run: RestoreRun, codecs: codec.Processes) -> bytes | None:
-    first = frames[0]
+def _joined(frames: list[Item], parts: list[bytes | None], tools: Tools) -> bytes | None:
+    run, codecs, first = tools.run, tools.codecs, frames[0]
     assert first.whole is not None
     with _wall(first.row):
         rows = [item.row for item in frames]
@@ -306,13 +317,13 @@ def _joined(frames: list[Item], parts: list[bytes | None], run: RestoreRun, code
     return None
 
 
-def encode_and_write(frames: list[Item], run: RestoreRun, codecs: codec.Processes) -> Row:
+def encode_and_write(frames: list[Item], tools: Tools) -> Row:
     """All frames of one file. Returns its finished row."""
     row = frames[0].row
-    data = encode_file(frames, run, codecs)
+    data = encode_file(frames, tools)
     if data is not None:
         with _wall(row):
-            sinks.write(row, data, run.output)
+            sinks.write(row, data, tools.run.output)
     finish(row)
     return row
 
@@ -331,28 +342,25 @@ def finish(row: Row) -> None:
     row.node, row.finished_at = socket.gethostname(), datetime.now(UTC)
 
 
-def restore_objects(
-    rows: list[Row], run: RestoreRun, restorer: Restorer, pool: Executor, codecs: codec.Processes
-) -> list[Row]:
+def restore_objects(rows: list[Row], tools: Tools, restorer: Restorer) -> list[Row]:
     """All stages for some objects of a folder or prefix. Returns the finished rows."""
-    items = each(pool, lambda row: fetch(Item(row), run), rows)
+    items = each(tools.pool, lambda row: fetch(Item(row), tools.run), rows)
     done: list[Row] = []
-    for group in groups(items, run, codecs, pool):
-        decoded = decode(group, run, codecs, pool)
+    for group in groups(items, tools):
+        decoded = decode(group, tools)
         restore(decoded, restorer)
-        done += each(pool, lambda frames: encode_and_write(frames, run, codecs), files_of(decoded))
+        done += each(tools.pool, lambda frames: encode_and_write(frames, tools), files_of(decoded))
     return done
 
 
 def restore_row_group(
-    rows: list[Row], file_key: str, group: int, output_key: str, run: RestoreRun, restorer: Restorer, pool: Executor,
-    codecs: codec.Processes, batch: int,
-) -> list[Row]:  # fmt: skip
+    rows: list[Row], file_key: str, group: int, output_key: str, tools: Tools, restorer: Restorer, *, batch: int
+) -> list[Row]:
     """All stages for one row group of a Parquet file, which becomes one output file. Returns the finished rows.
 
-    A failed row keeps its original bytes, so that the table stays whole. Of input and output some rows are held.
+    A failed row keeps its original bytes, so that the table stays whole. Of input and output `batch` rows are held.
     """
-    done = 0
+    run, done = tools.run, 0
     try:
         _require_unchanged(run.input, file_key, rows, len(rows))
         with (
@@ -364,7 +372,7 @@ def restore_row_group(
                 column = sources.image_column(part.schema)
                 cells = sources.image_bytes(part[column])
                 some = rows[done : done + len(part)]
-                shard.write(part, column, _restore_part(some, cells, output_key, run, restorer, pool, codecs))
+                shard.write(part, column, _restore_part(some, cells, output_key, tools, restorer))
                 done += len(part)
             _require_unchanged(run.input, file_key, rows, done)
     except ItemError as error:
@@ -407,9 +415,8 @@ def _parts(input: Storage, file: str, group: int, batch: int) -> Generator[pa.Ta
 
 
 def _restore_part(
-    rows: list[Row], cells: list[bytes | None], output_key: str, run: RestoreRun, restorer: Restorer, pool: Executor,
-    codecs: codec.Processes,
-) -> list[bytes | None]:  # fmt: skip
+    rows: list[Row], cells: list[bytes | None], output_key: str, tools: Tools, restorer: Restorer
+) -> list[bytes | None]:
     """The new images of some rows, None where one has failed; fills in the rows."""
     if len(rows) < len(cells):  # more than were listed: told once all are read
         return [None] * len(cells)
@@ -417,12 +424,12 @@ def _restore_part(
     for item in items:
         if not item.source:
             item.row.fail("not_an_image", "the image cell is null or empty")
-    items = each(pool, lambda item: fetch(item, run) if item.open else item, items)
+    items = each(tools.pool, lambda item: fetch(item, tools.run) if item.open else item, items)
     images: list[bytes | None] = []
-    for some in groups(items, run, codecs, pool):
-        decoded = decode(some, run, codecs, pool)
+    for some in groups(items, tools):
+        decoded = decode(some, tools)
         restore(decoded, restorer)
-        images += each(pool, lambda frames: encode_file(frames, run, codecs), files_of(decoded))
+        images += each(tools.pool, lambda frames: encode_file(frames, tools), files_of(decoded))
     for row, image in zip(rows, images, strict=True):
         if image is not None:
             row.output_key, row.output_sha256 = output_key, hashlib.sha256(image).hexdigest()
@@ -430,7 +437,7 @@ def _restore_part(
 
 
 def each(pool: Executor, function: Callable[[Argument], Result], items: list[Argument]) -> list[Result]:
-    """Call `function` on all items at once: Pillow and the network release the interpreter.
+    """Call `function` on all items at once.
 
     What hangs cannot be stopped from within (codecs have processes of their own), so after `STAGE_SECONDS` and
     `ITEM_SECONDS` for each item the process shows where it is and ends; Ray starts another, and the item is found out

@@ -19,6 +19,12 @@ UNDAMAGED_SIGMA_255 = 2.5
 UNDAMAGED_SHARE = 0.002
 UNDAMAGED_GRAY = 0.5
 
+LEFT_ALONE = 3
+"""Where no noise was found, surviving pixels change by so much less than the network would have it, of 255: most of
+them stay as they are."""
+FADE = 0.5
+"""Of sigma, of 255: so far below `UNDAMAGED_SIGMA_255` that is so in full."""
+
 
 class Diagnosis(NamedTuple):
     """What was wrong with one image; see `inference.Restored` for each."""
@@ -110,6 +116,42 @@ def filled(damaged: Tensor, restored: Tensor, survival: Tensor, lost_colour: Ten
     return torch.where(survival < 0, content, damaged)
 
 
+def kept_still(damaged: Tensor, restored: Tensor, survival: Tensor, found: list[Diagnosis]) -> Tensor:
+    """The restored images; where no noise was found, surviving pixels as they were (soft thresholding, Donoho 1995).
+
+    What the network changes in them by more is what it did not tell for sure. Figures: DECISIONS.md, "Nothing else".
+
+    Args:
+        damaged, restored: uint8 [B, 3, H, W].
+        survival: the gate's logits [B, 1, H, W].
+        found: the images' diagnoses.
+
+    Returns uint8 [B, 3, H, W].
+    """
+    noise = torch.tensor([diagnosis.sigma for diagnosis in found], device=damaged.device)
+    limit = LEFT_ALONE * ((UNDAMAGED_SIGMA_255 - noise) / FADE).clamp(0, 1).reshape(-1, 1, 1, 1)
+    if not limit.any():
+        return restored
+    as_it_was = untouched(damaged, restored, which_are_gray(found, damaged.device))
+    change = restored.float() - as_it_was.float()
+    rest = change.sign() * (change.abs() - limit).clamp(min=0)
+    return torch.where(survival < 0, restored, (as_it_was + rest).round().to(torch.uint8))
+
+
+def which_are_gray(found: list[Diagnosis], device: torch.device) -> Tensor:
+    """Which images have lost their colour, bool [B]."""
+    return torch.tensor([diagnosis.lost_colour for diagnosis in found], device=device)
+
+
+def untouched(damaged: Tensor, restored: Tensor, lost: Tensor) -> Tensor:
+    """The damaged images, uint8 [B, 3, H, W]; those which have lost their colour, with that of the restored ones."""
+    if not lost.any():
+        return damaged
+    colour = restored.int() - to_gray(restored).int()
+    coloured = (to_gray(damaged).int() + colour).clamp(0, 255).to(torch.uint8)
+    return torch.where(lost.reshape(-1, 1, 1, 1), coloured, damaged)
+
+
 def repair_only(
     repair: Container[Kind], damaged: Tensor, restored: Tensor, survival: Tensor, lost_colour: Tensor
 ) -> Tensor:
@@ -125,14 +167,10 @@ def repair_only(
     """
     flipped, painted = destroyed_pixels(survival)
     lost = lost_colour.reshape(-1, 1, 1, 1)
-    result, untouched = restored, damaged
-    if "gray" in repair:  # colour on a gray image, whose grain stays
-        colour = restored.int() - to_gray(restored).int()
-        untouched = torch.where(lost, (to_gray(damaged).int() + colour).clamp(0, 255).to(torch.uint8), damaged)
-    else:
-        result = torch.where(lost, to_gray(restored), restored)
+    result = restored if "gray" in repair else torch.where(lost, to_gray(restored), restored)
     if "noise" not in repair:
-        result = torch.where(flipped | painted, result, untouched)
+        still = untouched(damaged, restored, lost_colour) if "gray" in repair else damaged
+        result = torch.where(flipped | painted, result, still)
     if "flips" not in repair:
         result = torch.where(flipped, damaged, result)
     if "patches" not in repair:

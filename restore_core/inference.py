@@ -25,8 +25,10 @@ from restore_core.diagnosis import (
     diagnose,
     evidence,
     filled,
+    kept_still,
     repair_only,
     verdict,
+    which_are_gray,
 )
 from restore_core.errors import UsageError
 from restore_core.false_patches import without_false_patches
@@ -255,15 +257,20 @@ class Restorer:
         if survival is not None:
             flipped = [index for index, diagnosis in enumerate(found) if diagnosis.has_flips]
             if flipped:  # once more, without them: see `filled`
-                some, gate, lost = batch[flipped], survival[flipped], _lost_colour([found[i] for i in flipped], device)
+                some, gate, lost = (
+                    batch[flipped],
+                    survival[flipped],
+                    which_are_gray([found[i] for i in flipped], device),
+                )
                 after = to_uint8(self._predict(filled(some, output[flipped], gate, lost), device)[0])
                 output[flipped] = after
                 for index, diagnosis in zip(flipped, diagnose(some, after, gate), strict=True):
                     found[index] = diagnosis
+            output = kept_still(batch, output, survival, found)
             gates = (survival[:, 0] < 0).cpu().numpy()
             self._look_again(list(zip(images, output.permute(0, 2, 3, 1), gates, strict=True)))
             if len(self.repair) < len(KINDS):
-                output = repair_only(self.repair, batch, output, survival, _lost_colour(found, device))
+                output = repair_only(self.repair, batch, output, survival, which_are_gray(found, device))
         pixels = _from_device(output.permute(0, 2, 3, 1).contiguous()).numpy()
         return [Restored(result, *diagnosis) for result, diagnosis in zip(pixels, found, strict=True)]
 
@@ -301,11 +308,11 @@ class Restorer:
             return verdict(sums, gated=destroyed is not None)[0]
 
         def change(change_block: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
-            lost_colour = _lost_colour([found], rung.device)
+            lost = which_are_gray([found], rung.device)
             for block in blocks:
                 before, after, survival = tensors(block.around)
                 assert survival is not None
-                changed = change_block(before, after, survival, lost_colour)
+                changed = change_block(before, after, survival, lost)
                 # In place: around a block nothing but the gate is looked at.
                 output[block.at] = changed[0, :, *block.within].permute(1, 2, 0).cpu().numpy()
 
@@ -315,6 +322,8 @@ class Restorer:
                 change(filled)
                 strips.predict(output, *from_top, in_place=True)
                 found = diagnosed()
+            if found.sigma < UNDAMAGED_SIGMA_255:
+                change(lambda before, after, survival, _: kept_still(before, after, survival, [found]))
             self._look_again([(image, torch.from_numpy(output), destroyed)])
             if len(self.repair) < len(KINDS):
                 change(partial(repair_only, self.repair))
@@ -414,10 +423,6 @@ def never_alone(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             module.forward = partial(convolved, module.forward)  # type: ignore[method-assign]
-
-
-def _lost_colour(found: list[Diagnosis], device: torch.device) -> Tensor:
-    return torch.tensor([diagnosis.lost_colour for diagnosis in found], device=device)
 
 
 def _from_device(values: Tensor) -> Tensor:

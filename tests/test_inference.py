@@ -17,7 +17,7 @@ from restore_core import checkpoint, codec, degradations, diagnosis, holes, infe
 from restore_core.checkpoint import ModelFolder
 from restore_core.config import KINDS, AutoencoderConfig, Kind, ModelConfig, ResidualUNetConfig
 from restore_core.degradations import Generator, degrade, fixed_damage, seed_of
-from restore_core.diagnosis import destroyed_pixels, diagnose, repair_only
+from restore_core.diagnosis import Diagnosis, destroyed_pixels, diagnose, repair_only
 from restore_core.errors import UsageError
 from restore_core.inference import CPU, Pixels, Restorer, Rung
 from restore_core.manifest import Row
@@ -653,6 +653,48 @@ def test_in_the_place_of_flips_is_what_was_restored() -> None:
     assert torch.equal(result[1][gone[1]], degradations.to_gray(clean)[1][gone[1]])
 
 
+# --- Nothing else --------------------------------------------------------------------------------------------------
+
+
+def test_where_there_is_no_noise_surviving_pixels_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_it = share_that_stayed()
+    monkeypatch.setattr(diagnosis, "LEFT_ALONE", 0)
+    without = share_that_stayed()
+    for name in ("flips", "patches"):
+        assert with_it[name] > 0.85 > without[name] + 0.25, (with_it, without)
+    assert with_it["noise"] == without["noise"] < 0.1
+
+
+def share_that_stayed() -> dict[str, float]:
+    """Of pixels that survived, by damage: how many come back with the luma that they had."""
+    clean = clean_photographs()[:1]
+    restorer = Restorer(checkpoint.read("faces"))
+    stayed = {}
+    for name, damage in {
+        "flips": {"flips": 0.05}, "patches": {"area": 0.05}, "noise": {"sigma_255": 15.0},
+    }.items():  # fmt: skip
+        damaged, destroyed = degrade(clean, fixed_damage(Generator([7]), **damage), Generator([7]))  # type: ignore[arg-type]
+        (result,) = restorer([damaged[0].permute(1, 2, 0).contiguous().numpy()])
+        after = torch.from_numpy(result.pixels).permute(2, 0, 1)[None]
+        same = degradations.luma(after) == degradations.luma(damaged)
+        stayed[name] = same[~destroyed].float().mean().item()
+        assert not torch.equal(after, damaged)
+    return stayed
+
+
+def test_what_the_network_changes_more_is_changed_by_so_much_less() -> None:
+    damaged = torch.full((3, 3, 2, 3), 100, dtype=torch.uint8)
+    changes = torch.tensor([[0, 1, -3], [4, -10, 100]])
+    restored = (damaged.int() + changes).to(torch.uint8)
+    survival = torch.ones(3, 1, 2, 3)
+    survival[:, :, 1, 2] = -1
+    found = [Diagnosis(sigma, 0.1, 0.1, 0.0) for sigma in (0.5, 2.25, 2.6)]
+    none, half, noise = diagnosis.kept_still(damaged, restored, survival, found).int() - 100
+    assert torch.equal(noise, changes.expand(3, 2, 3))
+    assert torch.equal(none, torch.tensor([[0, 0, 0], [1, -7, 100]]).expand(3, 2, 3))
+    assert torch.equal(half, torch.tensor([[0, 0, -2], [2, -8, 100]]).expand(3, 2, 3))
+
+
 # --- Only some damages ---------------------------------------------------------------------------------------------
 
 
@@ -731,14 +773,16 @@ def test_an_ensemble_with_the_mirror_image_does_not_know_left_from_right(
 # --- The bundled model ---------------------------------------------------------------------------------------------
 
 
-def test_the_bundled_model_in_tiles_equals_itself_untiled(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sigma", [0, 25])
+def test_the_bundled_model_in_tiles_equals_itself_untiled(monkeypatch: pytest.MonkeyPatch, sigma: float) -> None:
     """Within 1 of 255, on a damaged photograph of 350 x 400 pixels in tiles of 320."""
     restorer = Restorer(checkpoint.read("faces"))
     clean = torch.from_numpy(np.ascontiguousarray(skimage.data.astronaut()[:350, 100:500])).permute(2, 0, 1)[None]
     generator = Generator([3])
-    damaged, _ = degrade(clean, fixed_damage(generator, sigma_255=25, flips=0.1, area=0.05), generator)
+    damaged, _ = degrade(clean, fixed_damage(generator, sigma_255=sigma, flips=0.1, area=0.05), generator)
     image = damaged[0].permute(1, 2, 0).contiguous().numpy()
     (whole,) = restorer([image])
+    assert whole.flips is not None and whole.flips > 0.05 and (whole.sigma < 2 or sigma)
     monkeypatch.setattr(inference, "TILE", 320)
     (tiled,) = restorer([image])
     assert np.abs(tiled.pixels.astype(int) - whole.pixels).max() <= 1

@@ -91,7 +91,7 @@ def restoring() -> Iterator[str]:
         if "workers" not in result:
             yield (
                 "Measured when loops by hand took 2**20 pixels at once and had the allocator as it comes, the network "
-                "alone began cold, and the job did not look at large holes again."
+                "alone began cold, and the job did not look again at large holes and at what had flipped pixels."
             )
         if "dollars_per_hour" in result:
             yield (

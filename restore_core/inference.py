@@ -257,11 +257,8 @@ class Restorer:
         if survival is not None:
             flipped = [index for index, diagnosis in enumerate(found) if diagnosis.has_flips]
             if flipped:  # once more, without them: see `filled`
-                some, gate, lost = (
-                    batch[flipped],
-                    survival[flipped],
-                    which_are_gray([found[i] for i in flipped], device),
-                )
+                some, gate = batch[flipped], survival[flipped]
+                lost = which_are_gray([found[index] for index in flipped], device)
                 after = to_uint8(self._predict(filled(some, output[flipped], gate, lost), device)[0])
                 output[flipped] = after
                 for index, diagnosis in zip(flipped, diagnose(some, after, gate), strict=True):
@@ -276,7 +273,7 @@ class Restorer:
 
     @torch.inference_mode()
     def _in_pieces(self, image: Pixels, rung: Rung) -> Restored:
-        """One image, in memory that grows with it by no more than the result and a bit a pixel."""
+        """One image, in memory that grows with it by no more than the result, two columns of it and a bit a pixel."""
         height, width, _ = image.shape
         destroyed: strips.Mask | None = None
         column = COLUMN_TILES * rung.tile

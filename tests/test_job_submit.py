@@ -85,7 +85,13 @@ class Head:
         return self.submit_as({}, *arguments)
 
     def submit_as(self, environment: dict[str, str], *arguments: object) -> Ended:
-        return self.ray("job", "submit", "--log-color", "false", *arguments, **environment)
+        """The head's agent may be some seconds late on a busy machine; Ray says then to try again."""
+        until = time.monotonic() + 60
+        while True:
+            ended = self.ray("job", "submit", "--log-color", "false", *arguments, **environment)
+            if "No available agent to submit job" not in ended.out or time.monotonic() > until:
+                return ended
+            time.sleep(1)
 
     def jobs(self, id: str = "") -> Any:
         """What the job server tells of one, or of all."""

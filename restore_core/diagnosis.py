@@ -99,7 +99,7 @@ def destroyed_pixels(survival: Tensor) -> tuple[Tensor, Tensor]:
     return destroyed & ~painted, painted
 
 
-def filled(damaged: Tensor, restored: Tensor, survival: Tensor, lost_colour: Tensor) -> Tensor:
+def filled(damaged: Tensor, restored: Tensor, survival: Tensor, found: list[Diagnosis]) -> Tensor:
     """The damaged images with what was restored in the place of destroyed pixels, without colour where it was lost.
 
     Where pixels were flipped the network sees all others better without them: restored once more, such images gain up
@@ -108,11 +108,11 @@ def filled(damaged: Tensor, restored: Tensor, survival: Tensor, lost_colour: Ten
     Args:
         damaged, restored: uint8 [B, 3, H, W].
         survival: the gate's logits [B, 1, H, W].
-        lost_colour: whether the image was diagnosed as gray, bool [B].
+        found: the images' diagnoses.
 
     Returns uint8 [B, 3, H, W].
     """
-    content = torch.where(lost_colour.reshape(-1, 1, 1, 1), to_gray(restored), restored)
+    content = torch.where(_lost_colour(found, damaged.device), to_gray(restored), restored)
     return torch.where(survival < 0, content, damaged)
 
 
@@ -132,28 +132,28 @@ def kept_still(damaged: Tensor, restored: Tensor, survival: Tensor, found: list[
     limit = LEFT_ALONE * ((UNDAMAGED_SIGMA_255 - noise) / FADE).clamp(0, 1).reshape(-1, 1, 1, 1)
     if not limit.any():
         return restored
-    as_it_was = untouched(damaged, restored, which_are_gray(found, damaged.device))
+    as_it_was = _untouched(damaged, restored, _lost_colour(found, damaged.device))
     change = restored.float() - as_it_was.float()
     rest = change.sign() * (change.abs() - limit).clamp(min=0)
     return torch.where(survival < 0, restored, (as_it_was + rest).round().to(torch.uint8))
 
 
-def which_are_gray(found: list[Diagnosis], device: torch.device) -> Tensor:
-    """Which images have lost their colour, bool [B]."""
-    return torch.tensor([diagnosis.lost_colour for diagnosis in found], device=device)
+def _lost_colour(found: list[Diagnosis], device: torch.device) -> Tensor:
+    """Which images have lost it, bool [B, 1, 1, 1]."""
+    return torch.tensor([diagnosis.lost_colour for diagnosis in found], device=device).reshape(-1, 1, 1, 1)
 
 
-def untouched(damaged: Tensor, restored: Tensor, lost: Tensor) -> Tensor:
+def _untouched(damaged: Tensor, restored: Tensor, lost: Tensor) -> Tensor:
     """The damaged images, uint8 [B, 3, H, W]; those which have lost their colour, with that of the restored ones."""
     if not lost.any():
         return damaged
     colour = restored.int() - to_gray(restored).int()
     coloured = (to_gray(damaged).int() + colour).clamp(0, 255).to(torch.uint8)
-    return torch.where(lost.reshape(-1, 1, 1, 1), coloured, damaged)
+    return torch.where(lost, coloured, damaged)
 
 
 def repair_only(
-    repair: Container[Kind], damaged: Tensor, restored: Tensor, survival: Tensor, lost_colour: Tensor
+    repair: Container[Kind], damaged: Tensor, restored: Tensor, survival: Tensor, found: list[Diagnosis]
 ) -> Tensor:
     """Take from the restored images what repairs the chosen damages, and the rest from the damaged ones.
 
@@ -161,15 +161,15 @@ def repair_only(
         repair: kinds of damage to repair.
         damaged, restored: uint8 [B, 3, H, W].
         survival: the gate's logits [B, 1, H, W].
-        lost_colour: whether the image was diagnosed as gray, bool [B].
+        found: the images' diagnoses.
 
     Returns uint8 [B, 3, H, W].
     """
     flipped, painted = destroyed_pixels(survival)
-    lost = lost_colour.reshape(-1, 1, 1, 1)
+    lost = _lost_colour(found, damaged.device)
     result = restored if "gray" in repair else torch.where(lost, to_gray(restored), restored)
     if "noise" not in repair:
-        still = untouched(damaged, restored, lost_colour) if "gray" in repair else damaged
+        still = _untouched(damaged, restored, lost) if "gray" in repair else damaged
         result = torch.where(flipped | painted, result, still)
     if "flips" not in repair:
         result = torch.where(flipped, damaged, result)

@@ -28,7 +28,6 @@ from restore_core.diagnosis import (
     kept_still,
     repair_only,
     verdict,
-    which_are_gray,
 )
 from restore_core.errors import UsageError
 from restore_core.false_patches import without_false_patches
@@ -258,8 +257,8 @@ class Restorer:
             flipped = [index for index, diagnosis in enumerate(found) if diagnosis.has_flips]
             if flipped:  # once more, without them: see `filled`
                 some, gate = batch[flipped], survival[flipped]
-                lost = which_are_gray([found[index] for index in flipped], device)
-                after = to_uint8(self._predict(filled(some, output[flipped], gate, lost), device)[0])
+                without = filled(some, output[flipped], gate, [found[index] for index in flipped])
+                after = to_uint8(self._predict(without, device)[0])
                 output[flipped] = after
                 for index, diagnosis in zip(flipped, diagnose(some, after, gate), strict=True):
                     found[index] = diagnosis
@@ -267,7 +266,7 @@ class Restorer:
             gates = (survival[:, 0] < 0).cpu().numpy()
             self._look_again(list(zip(images, output.permute(0, 2, 3, 1), gates, strict=True)))
             if len(self.repair) < len(KINDS):
-                output = repair_only(self.repair, batch, output, survival, which_are_gray(found, device))
+                output = repair_only(self.repair, batch, output, survival, found)
         pixels = _from_device(output.permute(0, 2, 3, 1).contiguous()).numpy()
         return [Restored(result, *diagnosis) for result, diagnosis in zip(pixels, found, strict=True)]
 
@@ -304,12 +303,11 @@ class Restorer:
             assert isinstance(sums, Tensor)
             return verdict(sums, gated=destroyed is not None)[0]
 
-        def change(change_block: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
-            lost = which_are_gray([found], rung.device)
+        def change(change_block: Callable[[Tensor, Tensor, Tensor, list[Diagnosis]], Tensor]) -> None:
             for block in blocks:
                 before, after, survival = tensors(block.around)
                 assert survival is not None
-                changed = change_block(before, after, survival, lost)
+                changed = change_block(before, after, survival, [found])
                 # In place: around a block nothing but the gate is looked at.
                 output[block.at] = changed[0, :, *block.within].permute(1, 2, 0).cpu().numpy()
 
@@ -320,7 +318,7 @@ class Restorer:
                 strips.predict(output, *from_top, in_place=True)
                 found = diagnosed()
             if found.sigma < UNDAMAGED_SIGMA_255:
-                change(lambda before, after, survival, _: kept_still(before, after, survival, [found]))
+                change(kept_still)
             self._look_again([(image, torch.from_numpy(output), destroyed)])
             if len(self.repair) < len(KINDS):
                 change(partial(repair_only, self.repair))

@@ -348,7 +348,7 @@ def test_in_tiles_a_choice_of_damages_is_the_same_choice(
     assert (result.flips, result.patches) == pytest.approx((found.flips, found.patches), rel=1e-6)
     assert (result.sigma, result.gray) == pytest.approx((found.sigma, found.gray), rel=1e-4)
     assert found.lost_colour
-    expected = repair_only(repair, damaged, after, survival, torch.tensor([True]))[0].permute(1, 2, 0)
+    expected = repair_only(repair, damaged, after, survival, [found])[0].permute(1, 2, 0)
     np.testing.assert_array_equal(result.pixels, expected)
     assert not np.array_equal(result.pixels, output) and not np.array_equal(result.pixels, image)
 
@@ -646,7 +646,8 @@ def test_in_the_place_of_flips_is_what_was_restored() -> None:
     damaged, destroyed = degrade(clean, fixed_damage(generator, flips=0.1), generator)
     survival = torch.where(destroyed, -5.0, 5.0)
     lost = torch.tensor([False, True, False])
-    result = diagnosis.filled(damaged, clean, survival, lost)
+    found = [Diagnosis(0.0, 0.1, 0.0, gray) for gray in lost.float().tolist()]
+    result = diagnosis.filled(damaged, clean, survival, found)
     gone = destroyed.expand_as(clean)
     assert torch.equal(result[~gone], damaged[~gone])
     assert torch.equal(result[~lost][gone[~lost]], clean[~lost][gone[~lost]])
@@ -704,8 +705,7 @@ def perfectly_repaired(repair: tuple[Kind, ...], **damage: object) -> tuple[Tens
     seeds = [seed_of(1, "repair", str(index)) for index in range(len(clean))]
     damaged, destroyed = degrade(clean, fixed_damage(Generator(seeds), **damage), Generator(seeds))  # type: ignore[arg-type]
     survival = torch.where(destroyed, -5.0, 5.0)
-    gray = torch.tensor([found.lost_colour for found in diagnose(damaged, clean, survival)])
-    repaired = repair_only(repair, damaged, clean, survival, gray)
+    repaired = repair_only(repair, damaged, clean, survival, diagnose(damaged, clean, survival))
     return clean, damaged, repaired, *(mask.expand_as(clean) for mask in destroyed_pixels(survival))
 
 

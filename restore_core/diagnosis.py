@@ -60,10 +60,10 @@ def evidence(
     rows: slice = slice(None),
     columns: slice = slice(None),
 ) -> Tensor:
-    """Sums over `rows` and `columns` that a diagnosis consists of, [8, B].
+    """Sums over `rows` and `columns` that a diagnosis consists of, float64 [8, B].
 
     Those of the parts of an image, each given with `CONTEXT` pixels around it where there are some, add up to those of
-    the whole.
+    the whole: but for the colour exactly, since they are whole numbers.
     """
     flipped, painted = destroyed_pixels(torch.ones_like(damaged[:, :1]).float() if survival is None else survival)
     kept = ~(flipped | painted)
@@ -71,7 +71,7 @@ def evidence(
     weight = _mean_around(kept.to(torch.uint8), 9)
     had, has = (_colour(images, kept, weight) for images in (damaged, restored))
     parts = (torch.ones_like(kept), flipped, painted, kept, removed, weight, had, has)
-    return torch.stack([part[..., rows, columns].sum(dim=(1, 2, 3), dtype=torch.float32) for part in parts])
+    return torch.stack([part[..., rows, columns].sum(dim=(1, 2, 3), dtype=torch.float64) for part in parts])
 
 
 def verdict(sums: Tensor, *, gated: bool) -> list[Diagnosis]:

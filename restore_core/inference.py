@@ -264,9 +264,15 @@ class Restorer:
                     found[index] = diagnosis
             output = kept_still(batch, output, survival, found)
             gates = (survival[:, 0] < 0).cpu().numpy()
-            self._look_again(list(zip(images, output.permute(0, 2, 3, 1), gates, strict=True)))
+            places = [
+                (image[region], result[region], gate[region])
+                for image, result, gate in zip(images, output.permute(0, 2, 3, 1), gates, strict=True)
+                for region in holes.regions(gate, *gate.shape)
+            ]
+            self._look_again(places)
             if len(self.repair) < len(KINDS):
-                output = repair_only(self.repair, batch, output, survival, found)
+                gate = torch.where(torch.from_numpy(gates)[:, None].to(device), -1.0, 1.0)
+                output = repair_only(self.repair, batch, output, gate, found)
         pixels = _from_device(output.permute(0, 2, 3, 1).contiguous()).numpy()
         return [Restored(result, *diagnosis) for result, diagnosis in zip(pixels, found, strict=True)]
 
@@ -299,7 +305,7 @@ class Restorer:
         blocks = list(tiles.blocks(height, width, side, CONTEXT))
 
         def diagnosed() -> Diagnosis:
-            sums = sum(evidence(*tensors(block.around), *block.within).double().cpu() for block in blocks)
+            sums = sum(evidence(*tensors(block.around), *block.within).cpu() for block in blocks)
             assert isinstance(sums, Tensor)
             return verdict(sums, gated=destroyed is not None)[0]
 
@@ -319,32 +325,33 @@ class Restorer:
                 found = diagnosed()
             if found.sigma < UNDAMAGED_SIGMA_255:
                 change(kept_still)
-            self._look_again([(image, torch.from_numpy(output), destroyed)])
+            for region in holes.regions(destroyed, height, width):
+                gate = destroyed[region]
+                self._look_again([(image[region], torch.from_numpy(output[region]), gate)])
+                destroyed[region] = gate
             if len(self.repair) < len(KINDS):
                 change(partial(repair_only, self.repair))
         return Restored(output, *found)
 
-    def _look_again(self, images: list[tuple[Pixels, Tensor, holes.Destroyed]]) -> None:
+    def _look_again(self, places: list[tuple[Pixels, Tensor, holes.Mask]]) -> None:
         """Fill the large holes of results, in place, also with what is seen at half the size.
 
         Args:
-            images: damaged, restored, both uint8 [H, W, 3], and which pixels the gate takes for destroyed.
+            places: around such holes, damaged, restored, both uint8 [H, W, 3], and which pixels the gate takes for
+                destroyed: in the end all of the holes'.
         """
         if "patches" not in self.repair:
             return
         found = [
-            (output[region], hole, gate)
-            for damaged, output, destroyed in images
-            for region in holes.regions(destroyed, *output.shape[:2])
-            if (hole := holes.painted(gate := destroyed[region], damaged[region])).any()
+            (result, result.cpu().numpy().copy(), gate, hole)
+            for damaged, result, gate in places
+            if (hole := holes.painted(gate, damaged)).any()
         ]
-        before = [part.cpu().numpy() for part, _, _ in found]
-        try:
-            small = self([holes.halved(pixels, hole) for pixels, (_, hole, _) in zip(before, found, strict=True)])
-        except MemoryError:  # then they stay as they are
-            return
-        for pixels, (part, hole, gate), seen in zip(before, found, small, strict=True):
-            part.copy_(torch.from_numpy(holes.blended(pixels, hole, seen.pixels, gate)))
+        small = self([holes.halved(before, hole) for _, before, _, hole in found])
+        for (result, before, gate, hole), seen in zip(found, small, strict=True):
+            filled = torch.from_numpy(holes.blended(before, hole, seen.pixels, gate)[hole]).to(result.device)
+            result[torch.from_numpy(hole).to(result.device)] = filled
+            gate |= hole
 
     def _predict(self, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Float [B, 3, H, W] and survival logits [B, 1, H, W] for uint8. Raises FloatingPointError."""

@@ -10,7 +10,7 @@ WORKER_BYTES = 500 * 10**6
 """Of a process that holds a bundled model, and its idle codec processes."""
 TILE_BYTES = 900 * 10**6
 """What `faces` takes beside a large picture: for a column of it 600 MB, more where much is looked at again."""
-RESTORING, CODING = 7, 34
+RESTORING, CODING = 10, 34
 """Bytes a pixel of a large picture takes in a worker while it is restored, and in worker and codec together while it is
 encoded: of noise, which packs worst, in an 8-bit PNG; other kinds count as more pixels. See DECISIONS.md."""
 LEAST_PIXELS, MOST_PIXELS = 2**20, 2**30

@@ -22,7 +22,8 @@ class Mask:
     def __init__(self, height: int, width: int) -> None:
         self._bits = np.zeros((height, (width + 7) // 8), np.uint8)
 
-    def set(self, rows: slice, columns: slice, values: npt.NDArray[np.bool_]) -> None:
+    def __setitem__(self, at: tuple[slice, slice], values: npt.NDArray[np.bool_]) -> None:
+        rows, columns = at
         first, end = columns.start // 8, (columns.stop + 7) // 8
         bits = np.unpackbits(self._bits[rows, first:end], axis=1)
         bits[:, columns.start - 8 * first : columns.stop - 8 * first] = values
@@ -67,9 +68,10 @@ def predict(
             at = slice(left, left + both.shape[2])
             result[rows, at] = to_uint8(both[:3]).permute(1, 2, 0).cpu().numpy()
             if gated:
-                destroyed.set(rows, at, (both[3] < 0).cpu().numpy())
+                destroyed[rows, at] = (both[3] < 0).cpu().numpy()
             top = rows.stop
         seam = torch.cat(parts, dim=1) if parts else seam
+        del part  # before the next one is copied
     return result, destroyed if gated else None
 
 

@@ -5,13 +5,15 @@ import pytest
 import skimage.data
 from PIL import Image
 from scipy import ndimage
+from torch import Tensor
 
-from restore_core import checkpoint, holes, strips
+from restore_core import checkpoint, holes, inference, strips
 from restore_core.config import KINDS
 from restore_core.degradations import degrade_photograph
 from restore_core.holes import Mask, Pixels
-from restore_core.inference import Restored, Restorer
+from restore_core.inference import CPU, Restored, Restorer
 from restore_core.metrics import psnr
+from restore_core.model import Prediction, ResidualUNet
 
 
 def mask(height: int, width: int, *boxes: tuple[int, int, int, int]) -> Mask:
@@ -26,7 +28,7 @@ def test_regions_hold_the_large_holes_and_what_is_around_them() -> None:
         2000, 1501, (300, 200, 330, 230), (450, 210, 480, 250), (1985, 1480, 2000, 1501), (1000, 700, 1009, 709)
     )
     packed = strips.Mask(2000, 1501)
-    packed.set(slice(0, 2000), slice(0, 1501), destroyed)
+    packed[0:2000, 0:1501] = destroyed
     for some in (destroyed, packed):
         (first, second) = holes.regions(some, 2000, 1501)
         assert first == (slice(176, 608), slice(72, 376))  # 128 pixels around, and two that are near are one
@@ -79,24 +81,49 @@ def test_nothing_else_changes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert np.array_equal(one.pixels, other.pixels)
 
 
-def test_without_memory_for_it_holes_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_memory_for_it_all_is_done_again_in_smaller_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not left out: what comes back must not depend on what else there was to do."""
     clean = skimage.data.chelsea()[:200, 100:300]
-    patches, _ = degrade_photograph(clean, 1, area=0.15)
+    images = [degrade_photograph(clean, seed, area=0.15)[0] for seed in (1, 2)]
     restorer = Restorer(checkpoint.read("faces-fast"))
+    plenty = restorer(images)
     whole = Restorer._of_one_size
 
     def short(self: Restorer, images: list[Pixels]) -> list[Restored]:
-        if images[0].shape == (100, 100, 3):
+        if len(images) == 2 and images[0].shape == (100, 100, 3):
             raise MemoryError
         return whole(self, images)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Restorer, "_of_one_size", short)
-        (scarce,) = restorer([patches])
-    (plenty,) = restorer([patches])
-    monkeypatch.setattr(holes, "LEAST", 10**9)
-    (before,) = restorer([patches])
-    assert np.array_equal(scarce.pixels, before.pixels) and not np.array_equal(plenty.pixels, before.pixels)
+    monkeypatch.setattr(Restorer, "_of_one_size", short)
+    scarce = restorer(images)
+    assert {result.note for result in scarce} == {"out of memory in a batch of 2; done in a batch of 1"}
+    for one, other in zip(plenty, scarce, strict=True):
+        np.testing.assert_array_equal(one.pixels, other.pixels)
+
+
+@pytest.mark.parametrize("tile", [1024, 128])
+def test_a_patch_is_repaired_as_a_whole_where_nothing_else_is(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what the gate has missed of it, at once and in pieces."""
+    damaged = np.ascontiguousarray(skimage.data.chelsea()[:200, 100:300])
+    damaged[60:140, 60:140] = 0
+    restorer = Restorer(checkpoint.read("faces-fast"), repair=("patches",))
+    network = restorer.network(CPU)
+    assert isinstance(network, ResidualUNet)
+    merge = network.merge
+
+    def half_blind(image: Tensor, x: Tensor) -> Prediction:
+        prediction = merge(image, x)
+        if image.shape[3] >= 200:  # not at half the size
+            assert prediction.survival is not None
+            prediction.survival[:, :, :, 110:] = 5
+        return prediction
+
+    monkeypatch.setattr(network, "merge", half_blind)
+    monkeypatch.setattr(inference, "TILE", tile)
+    (restored,) = restorer([damaged])
+    changed = (restored.pixels != damaged).any(axis=2)
+    assert changed[60:140, 60:110].mean() > 0.95 and changed[60:140, 110:140].mean() > 0.95
+    assert not changed[:, 140:].any()
 
 
 def test_what_is_not_of_one_colour_is_no_painted_hole() -> None:

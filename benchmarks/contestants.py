@@ -10,6 +10,7 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,18 +29,19 @@ from PIL import Image
 
 from restore_core import checkpoint, codec, inference
 from restore_core.config import Precision
+from restore_core.model import Prediction
 
 Pixels = npt.NDArray[np.uint8]
 Network = Callable[[Pixels], Pixels]
 """uint8 [B, H, W, 3] -> the same"""
 Name = Literal[
     "plain loop", "pool", "data loader", "ray template", "onnxruntime", "openvino", "openvino, pool",
-    "codec only", "model only", "model only, compiled", "model only, pool", "restorer only, pool",
+    "codec only", "model only", "model only, compiled", "model only, pool", "all looks, pool", "restorer only, pool",
 ]  # fmt: skip
 STARTED = time.perf_counter()
 CORES = len(os.sched_getaffinity(0))
 BY_HAND = "plain loop", "pool", "data loader", "ray template"
-ALONE = "model only, pool", "restorer only, pool"
+ALONE = "model only, pool", "all looks, pool", "restorer only, pool"
 """In a process a core, on pixels that are there."""
 BATCH_PIXELS = {"cpu": 2**17, "cuda": 2**20}
 """Together, at most: what is best for the caches of CPUs (more take 1.1 to 1.5 times as long)."""
@@ -126,11 +128,28 @@ def torch_network(job: Contestant, threads: int, *, compiled: bool = False) -> N
     return restore
 
 
-def restorer(job: Contestant) -> Network:
-    """All that the job does to pixels: the network on one thread, its second looks and the diagnosis."""
-    torch.set_num_threads(1)
-    restore = inference.Restorer(checkpoint.read(job.model), precision=job.precision)
-    return lambda batch: np.stack([result.pixels for result in restore(list(batch))])
+class TimedRestorer(inference.Restorer):
+    """All that the job does to pixels: the network, its second looks and the diagnosis."""
+
+    in_network = 0.0
+    """Seconds that the network took of it."""
+
+    def _forward(self, batch: torch.Tensor, device: torch.device) -> Prediction:
+        started = time.perf_counter()
+        try:
+            return super()._forward(batch, device)
+        finally:
+            self.in_network += time.perf_counter() - started
+
+    def _streamed(self, image: Pixels, rung: inference.Rung) -> Iterator[Prediction]:
+        parts = super()._streamed(image, rung)
+        while True:
+            started = time.perf_counter()
+            part = next(parts, None)
+            self.in_network += time.perf_counter() - started
+            if part is None:
+                return
+            yield part
 
 
 def _exported(run: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]) -> Network:
@@ -183,13 +202,16 @@ class Child:
     """A process of a pool: one core, a network of its own where it needs one."""
 
     network: Network
+    restorer: TimedRestorer
 
     @classmethod
     def start(cls, job: Contestant) -> None:
         if job.name == "openvino, pool":
             cls.network = openvino_network(job, threads=1)
-        elif job.name == "restorer only, pool":
-            cls.network = restorer(job)
+        elif job.name in ("all looks, pool", "restorer only, pool"):
+            torch.set_num_threads(1)
+            cls.restorer = TimedRestorer(checkpoint.read(job.model), precision=job.precision)
+            cls.network = lambda batch: np.stack([result.pixels for result in cls.restorer(list(batch))])
         elif job.name != "codec only":
             cls.network = torch_network(job, threads=1)
 
@@ -199,6 +221,7 @@ class Child:
         decoded = [(path, decode(path)) for path in files] if job.name in ALONE else []
         loop(decoded[: job.batch_size], job, cls.network, write=False) if decoded else None  # as warm as it gets
         started = time.perf_counter()
+        before = cls.restorer.in_network if job.name == "all looks, pool" else 0
         if job.name in ("pool", "openvino, pool"):
             loop(((path, decode(path)) for path in files), job, cls.network)
         elif decoded:
@@ -206,7 +229,7 @@ class Child:
         else:
             for path in files:
                 cls.code(path, job.output / path.name)
-        return time.perf_counter() - started
+        return cls.restorer.in_network - before if job.name == "all looks, pool" else time.perf_counter() - started
 
     @staticmethod
     def code(path: Path, output: Path) -> None:
@@ -266,7 +289,8 @@ def prepare(files: list[Path], job: Contestant) -> Callable[[], float | None]:
         return lambda: ray_template(files, job)
     if job.name in ("pool", "openvino, pool", "codec only", *ALONE):
         processes = multiprocessing.get_context("spawn").Pool(CORES, Child.start, (job,))
-        shares = [files[core::CORES] for core in range(CORES)]
+        mixed = random.Random(0).sample(files, len(files))  # their damages take turns  # noqa: S311
+        shares = [mixed[core::CORES] for core in range(CORES)]
         if job.name not in ALONE:  # in smaller pieces, so that all end together
             shares = [files[start : start + job.batch_size] for start in range(0, len(files), job.batch_size)]
             processes.starmap(Child.work, [(job, files[: job.batch_size])] * CORES, chunksize=1)  # so warm

@@ -29,8 +29,14 @@ NAMES = (
     ("model only", "floor: network only, one process"),
     ("model only, compiled", "floor: network only, torch.compile"),
     ("model only, pool", "floor: network only, a process a core"),
+    ("all looks, pool", "the network's part of all looks, a process a core"),
     ("restorer only, pool", "network, second looks and diagnosis only, a process a core"),
 )
+OWN = {
+    "all looks, pool": "of the network's part of all looks",
+    "restorer only, pool": "of network, looks and diagnosis alone",
+}
+"""No floors, since they are the job's own: how much the rest of it takes."""
 
 
 def page() -> str:
@@ -110,9 +116,11 @@ def ratios(rates: dict[str, list[float]], device: str) -> dict[str, float]:
         found.setdefault("of the slower floor", []).append(steady / min(model, codec))
         if device == "cpu":  # where both take their time from the same cores
             found.setdefault("of both floors", []).append(steady * (1 / model + 1 / codec))
-        if "restorer only, pool" in now:
-            found.setdefault("of network, looks and diagnosis alone", []).append(steady / now["restorer only, pool"])
-        others = [rate for name, rate in now.items() if not name.startswith(("job", "codec", "model", "restorer"))]
+        for name, words in OWN.items():
+            if name in now:
+                found.setdefault(words, []).append(steady / now[name])
+        no_others = "job", "codec", "model", "all looks", "restorer"
+        others = [rate for name, rate in now.items() if not name.startswith(no_others)]
         found.setdefault("of the fastest other", []).append(steady / max(others))
     return {name: round(statistics.median(values), 3) for name, values in found.items()}
 

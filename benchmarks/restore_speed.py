@@ -68,7 +68,7 @@ class RestoreSpeed:
     """Processes of the job that hold the network, see jobs/restore_bucket.py; the cores are theirs in equal parts."""
     contestants: tuple[Name, ...] = (
         "plain loop", "pool", "data loader", "ray template", "onnxruntime", "openvino",
-        "codec only", "model only", "model only, pool", "restorer only, pool",
+        "codec only", "model only", "model only, pool", "all looks, pool", "restorer only, pool",
     )  # fmt: skip
     """With whom the job takes turns."""
     rounds: int = 5

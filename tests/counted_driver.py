@@ -68,13 +68,13 @@ def noting(notes: Path) -> Callable[[], None]:
         file_of_notes = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         write, write_shard = sinks.write, stages.restore_row_group
 
-        def noted_shard(rows: list[Row], file: str, group: int, key: str, *others: Any) -> list[Row]:
+        def noted_shard(rows: list[Row], file: str, group: int, key: str, *others: Any, **named: Any) -> list[Row]:
             os.write(file_of_notes, f"{key}\n".encode())
-            return write_shard(rows, file, group, key, *others)
+            return write_shard(rows, file, group, key, *others, **named)
 
-        def noted(row: Row, *others: Any) -> None:
+        def noted(row: Row, *others: Any, **named: Any) -> None:
             os.write(file_of_notes, f"{row.key}\n".encode())
-            write(row, *others)
+            write(row, *others, **named)
 
         noted.noted = True  # type: ignore[attr-defined]
         sinks.write, stages.restore_row_group = noted, noted_shard

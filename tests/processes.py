@@ -112,7 +112,9 @@ def kill(*pids: int) -> None:
 
 
 def killed(process: Process) -> bool:
-    """Whether it has ended by SIGKILL. It stays a zombie, since nobody has waited for it."""
+    """Whether it has ended by SIGKILL. It stays a zombie, unless somebody has waited for it."""
+    if process.returncode is not None:
+        return process.returncode == -signal.SIGKILL
     end = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     return end is not None and (end.si_code, end.si_status) == (os.CLD_KILLED, signal.SIGKILL)
 

@@ -147,13 +147,13 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay (Loshchilov 2019)."""
     warmup_steps: int = 200
-    """Optimizer steps of linear warm-up."""
+    """Optimizer steps of linear warm-up; it ends after a tenth of the training at the latest."""
     clip_norm: float = 1.0
     """Gradients of a larger norm are scaled down to it."""
     ema_decay: float = 0.999
     """Decay of the weights' moving average, which is what is evaluated and shipped; 0 is no averaging."""
     gate_weight: float = 0.1
-    """Weight of the cross-entropy of the survival gate beside the absolute error of the image."""
+    """Weight of the cross-entropy of the survival gate beside the root mean square error of the image."""
 
     def __post_init__(self) -> None:
         require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "use a number above 0")

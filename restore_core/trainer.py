@@ -218,8 +218,8 @@ class Trainer:
 
     def _schedule(self, share: float) -> float:
         """By epochs, not by steps: those become smaller and more where workers are lost."""
-        warmup = min(1.0, (self.steps + 1) / max(1, self.config.optimizer.warmup_steps))
         progress = min(1.0, (self.epoch + share) / self.config.epochs)
+        warmup = min(1.0, max((self.steps + 1) / max(1, self.config.optimizer.warmup_steps), 10 * progress))
         return warmup * 0.5 * (1 + math.cos(math.pi * progress))
 
     def _update_average(self) -> None:

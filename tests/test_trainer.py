@@ -280,16 +280,17 @@ def test_a_senseless_learning_rate_ends_training_with_advice() -> None:
 
 
 def test_learning_rate_warms_up_and_reaches_zero_after_the_last_step() -> None:
-    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=4)
-    trainer = Trainer(dataclasses.replace(TINY, optimizer=optimizer), steps_per_epoch=5)
-    rates = []
-    for step in range(20):
-        trainer.epoch = step // 5
-        trainer.step(photographs(2), 16, step % 5 / 5)
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
-    cosine = [0.5 * (1 + math.cos(math.pi * step / 20)) for step in range(20)]
-    warmup = [0.25, 0.5, 0.75] + [1.0] * 17
-    assert rates == pytest.approx([1e-2 * w * c for w, c in zip(warmup, cosine, strict=True)])
+    for steps, warmup in ((2, [0.5, 1.0]), (8, [0.125, 0.5])):  # after a tenth of all 20 at the latest
+        optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=steps)
+        trainer = Trainer(dataclasses.replace(TINY, optimizer=optimizer), steps_per_epoch=5)
+        rates = []
+        for step in range(20):
+            trainer.epoch = step // 5
+            trainer.step(photographs(2), 16, step % 5 / 5)
+            rates.append(trainer.optimizer.param_groups[0]["lr"])
+        cosine = [0.5 * (1 + math.cos(math.pi * step / 20)) for step in range(20)]
+        whole = [*warmup, *[1.0] * 18]
+        assert rates == pytest.approx([1e-2 * w * c for w, c in zip(whole, cosine, strict=True)])
     before = state(trainer)
     trainer.epoch = 4
     trainer.step(photographs(2), 16)

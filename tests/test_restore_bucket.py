@@ -542,7 +542,8 @@ def test_waves_make_no_difference(
 ) -> None:
     from restore_core.pipelines import restoration
 
-    monkeypatch.setattr(restoration, "WAVE_OBJECTS", 25)
+    monkeypatch.setattr(restoration, "WAVE_OBJECTS", 10)
+    monkeypatch.setattr(restoration, "WAVE_SHARE", 20)
     wave, processes, waves = restoration._restore_wave, cluster.processes, []
 
     def one_after_the_other(*arguments: Any) -> None:
@@ -558,7 +559,8 @@ def test_waves_make_no_difference(
     monkeypatch.setattr(cluster, "processes", with_a_node_that_is_lost)
     source, output = tree[0], tmp_path / "out"
     assert run(source, output, max_megapixels=0.1, batch_size=4, workers="2") == 0
-    assert len(waves) == 3
+    sizes = [len(arguments[0].rows) for arguments in waves]
+    assert sizes[:2] == [10, 40] and 0 < sizes[2] <= 20 and sum(sizes) == len(TREE)  # of two processes, of one
     waves.clear()
     assert_closed(output, set(TREE))
     assert files_of(output) == files_of(tree[1])

@@ -44,6 +44,7 @@ class Archive:
         monkeypatch.setattr(restoration, "_samples", lambda *_: [])
         monkeypatch.setattr(restoration, "_restore_wave", self._wave)
         monkeypatch.setattr(restoration, "WAVE_OBJECTS", 1)  # a row group
+        monkeypatch.setattr(restoration, "WAVE_SHARE", 0)
 
     def export(self, files: Export) -> None:
         """The same contents are the same version of a file, whenever and under whatever name."""

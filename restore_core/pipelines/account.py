@@ -74,6 +74,8 @@ class Account:
         """Whether there are no more."""
         self.count = 0
         """Objects done."""
+        self.actors = 0
+        """Processes that the last wave was for."""
         self.done: set[str] = set()
         """The keys of those of this wave."""
         self.shards: set[str] = set()
@@ -95,7 +97,7 @@ class Account:
 
     def follow(self, dataset: ray.data.Dataset, *, actors: int, unit_rows: int) -> None:
         """Execute it and take its rows: a block for each unit, of `unit_rows` at the most (0: of any number)."""
-        in_hand = actors * unit_rows
+        self.actors, in_hand = actors, actors * unit_rows
         self._units, self._unit_rows, self._due = 0, unit_rows, max(FLUSH_ROWS - in_hand, in_hand)
         WaitForLedger.account = self
         with cluster.releasing_actors(lambda: self.count):

@@ -40,10 +40,10 @@ from restore_core.storage import Object, Storage
 
 logger = logging.getLogger(__name__)
 
-WAVE_OBJECTS, WAVE_SECONDS = 100_000, 2.0
-"""So much of the listing is handed to Ray at once, or what came in that time, twice as long for each wave than before:
-the work begins with the first pages, and memory does not grow with the listing. Between waves workers start anew, a few
-seconds."""
+WAVE_OBJECTS, WAVE_SHARE, WAVE_SECONDS = 100_000, 5_000, 2.0
+"""So much of the listing is handed to Ray at once (as many for each process that holds the model, if that is more), or
+what came in that time, twice as long for each wave than before: the work begins with the first pages, and memory does
+not grow with the listing. Between waves workers start anew, a few seconds."""
 IO_THREADS = 8
 """Objects fetched, decoded, encoded and written at once in each actor."""
 MOST_ACTORS = 1024
@@ -430,7 +430,7 @@ class _Work:
             self._add(wave, found.item, found.attempt, old=found.row is not None)
             if found.row and found.row.output_key and found.row.etag == found.item.etag:
                 wave.refusable[found.item.key] = found.item.etag
-            if len(wave.rows) == WAVE_OBJECTS or time.monotonic() > end:
+            if len(wave.rows) >= self._most() or time.monotonic() > end:
                 yield wave
                 wave, seconds = _Wave(), 2 * seconds
                 end = time.monotonic() + seconds
@@ -476,12 +476,16 @@ class _Work:
             for place, key in enumerate(group.keys.to_pylist(), start):
                 item = Object(key, group.file.size, group.file.etag)
                 self._add(wave, item, int(attempts[place]), old=bool(old[place]))
-            if len(wave.rows) >= WAVE_OBJECTS:
+            if len(wave.rows) >= self._most():
                 yield wave
                 wave = _Wave(groups=[])
         self.account.complete = True
         if wave.rows:
             yield wave
+
+    def _most(self) -> int:
+        """Objects of a wave. How many processes there are is known from the second one on."""
+        return max(WAVE_OBJECTS, WAVE_SHARE * self.account.actors)
 
     def _row(self, item: Object, attempt: int) -> Row:
         return Row(

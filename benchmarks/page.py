@@ -2,6 +2,7 @@
 """Write benchmarks/README.md, and the table in README.md, from the result files: no figure there is typed."""
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ def page() -> str:
         *networks(),
         *training(),
         *growing(),
+        *nodes(),
         *collecting(),
         *remembering(),
         "## Quality",
@@ -89,7 +91,8 @@ def restoring() -> Iterator[str]:
         if result["device"] == "cuda":
             memory += f"; GPU busy {statistics.median(result['gpu_busy_percent']):.0f} % of its time"
         yield (
-            f"Medians of the rounds' ratios: {', '.join(f'{ratio:.2f} {what}' for what, ratio in shares.items())}. "
+            f"Medians of the rounds' ratios: {', '.join(f'{ratio:.2f} {what}' for what, ratio in shares.items())}; "
+            "to be reached are 0.9 of the slower floor and 1.0 of the fastest other. "
             f"First photograph after {result['first_image_seconds']:.1f} s. Most memory, MB: {memory}. "
             + ("" if passed is None else f"{passed:,} bytes an image between processes of Ray. ")
             + f"{result['images']:,} images, {result['encoded_bytes'] / 1e6:.1f} MB."
@@ -173,7 +176,25 @@ def growing() -> Iterator[str]:
     lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     lines += ["| " + " | ".join(f"{row[name]:,}" for name in names) + " |" for row in result["results"]]
     yield "\n".join(lines)
+    (some, seconds), (more, longer) = [(row["objects"], row["first run, s"]) for row in result["results"][-2:]]
+    exponent = math.log(longer / seconds) / math.log(more / some)
+    yield f"From {some:,} to {more:,} objects a first run's seconds grow as the {exponent:.2f}th power of their number."
     yield f"The driver can take and write down {result['driver_rows_per_second']:,} rows a second, on a local disk."
+    yield origin(result)
+
+
+def nodes() -> Iterator[str]:
+    path = FOLDER / "nodes.json"
+    if not path.exists():
+        return
+    result = json.loads(path.read_text())
+    yield "## Number of nodes"
+    yield "Simulated on one machine, one worker each, with a network that only waits: whether all the rest keeps up."
+    lines = ["| nodes | images | images/s | if none waited for another | share |", "|---|---|---|---|---|"]
+    for row in result["results"]:
+        rate, possible = row["images/s"], row["possible"]
+        lines.append(f"| {row['nodes']} | {row['images']:,} | {rate:,} | {possible:,} | {rate / possible:.2f} |")
+    yield "\n".join(lines)
     yield origin(result)
 
 

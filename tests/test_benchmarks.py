@@ -14,7 +14,7 @@ import torch
 from photos import people, write_tree
 from PIL import Image
 
-from benchmarks import collection_speed, corpora, memory, network_speed, page, restore_speed
+from benchmarks import collection_speed, corpora, memory, network_speed, nodes, page, restore_speed
 from benchmarks.contestants import CORES
 from jobs import pack_dataset
 from jobs.pack_dataset import PackDataset
@@ -105,6 +105,19 @@ def test_all_take_turns_and_the_page_says_so(
     monkeypatch.setattr(page, "FOLDER", tmp_path)
     assert f"| {rates['plain loop']:.2f} |" in page.page()
     assert f"| **{rates['job, steady state']:.1f}** |" in page.summary()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_on_more_nodes_more_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = nodes.Nodes(nodes=(1, 2), seconds=0.1, objects=100, batch_size=4, output=tmp_path / "nodes.json")
+    assert nodes.main(job) == 0
+    one, two = json.loads(job.output.read_text())["results"]
+    assert (one["images"], two["images"]) == (100, 200)
+    assert 0.5 < one["images/s"] / one["possible"] < 1.1 and two["images/s"] > 1.5 * one["images/s"]
+    (tmp_path / "growth.json").write_text((page.FOLDER / "growth.json").read_text())
+    monkeypatch.setattr(page, "FOLDER", tmp_path)
+    assert f"| 2 | 200 | {two['images/s']} | 20.0 |" in page.page()
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

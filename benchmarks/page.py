@@ -176,9 +176,10 @@ def growing() -> Iterator[str]:
     lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     lines += ["| " + " | ".join(f"{row[name]:,}" for name in names) + " |" for row in result["results"]]
     yield "\n".join(lines)
-    (some, seconds), (more, longer) = [(row["objects"], row["first run, s"]) for row in result["results"][-2:]]
-    exponent = math.log(longer / seconds) / math.log(more / some)
-    yield f"From {some:,} to {more:,} objects a first run's seconds grow as the {exponent:.2f}th power of their number."
+    if len(result["results"]) > 1:
+        (some, seconds), (more, longer) = [(row["objects"], row["first run, s"]) for row in result["results"][-2:]]
+        exponent = math.log(longer / seconds) / math.log(more / some)
+        yield f"From {some:,} to {more:,} objects a first run's seconds grow with their number to the {exponent:.2f}."
     yield f"The driver can take and write down {result['driver_rows_per_second']:,} rows a second, on a local disk."
     yield origin(result)
 

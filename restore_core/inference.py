@@ -343,13 +343,13 @@ class Restorer:
         if "patches" not in self.repair:
             return
         found = [
-            (result, result.cpu().numpy().copy(), gate, hole)
+            (result, result.cpu().numpy().copy(), gate.copy(), gate, hole)
             for damaged, result, gate in places
             if (hole := holes.painted(gate, damaged)).any()
         ]
-        small = self([holes.halved(before, hole) for _, before, _, hole in found])
-        for (result, before, gate, hole), seen in zip(found, small, strict=True):
-            filled = torch.from_numpy(holes.blended(before, hole, seen.pixels, gate)[hole]).to(result.device)
+        small = self([holes.halved(before, hole) for _, before, _, _, hole in found])
+        for (result, before, taken, gate, hole), seen in zip(found, small, strict=True):
+            filled = torch.from_numpy(holes.blended(before, hole, seen.pixels, taken)[hole]).to(result.device)
             result[torch.from_numpy(hole).to(result.device)] = filled
             gate |= hole
 

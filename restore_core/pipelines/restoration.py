@@ -40,10 +40,10 @@ from restore_core.storage import Object, Storage
 
 logger = logging.getLogger(__name__)
 
-WAVE_OBJECTS, WAVE_SHARE, WAVE_SECONDS = 100_000, 5_000, 2.0
-"""So much of the listing is handed to Ray at once (as many for each process that holds the model, if that is more), or
-what came in that time, twice as long for each wave than before: the work begins with the first pages, and memory does
-not grow with the listing. Between waves workers start anew, a few seconds."""
+WAVE_OBJECTS, WAVE_SHARE, WAVE_MOST, WAVE_SECONDS = 100_000, 5_000, 500_000, 2.0
+"""So much of the listing is handed to Ray at once (as many for each process that holds the model, if that is more, up
+to a most), or what came in that time, twice as long for each wave than before: the work begins with the first pages,
+and memory does not grow with the listing. Between waves workers start anew, a few seconds."""
 IO_THREADS = 8
 """Objects fetched, decoded, encoded and written at once in each actor."""
 MOST_ACTORS = 1024
@@ -485,7 +485,7 @@ class _Work:
 
     def _most(self) -> int:
         """Objects of a wave. How many processes there are is known from the second one on."""
-        return max(WAVE_OBJECTS, WAVE_SHARE * self.account.actors)
+        return max(WAVE_OBJECTS, min(WAVE_SHARE * self.account.actors, WAVE_MOST))
 
     def _row(self, item: Object, attempt: int) -> Row:
         return Row(

@@ -267,7 +267,7 @@ class Restorer:
             places = [
                 (image[region], result[region], gate[region])
                 for image, result, gate in zip(images, output.permute(0, 2, 3, 1), gates, strict=True)
-                for region in holes.regions(gate, *gate.shape)
+                for region in self._hole_regions(gate, *gate.shape)
             ]
             self._look_again(places)
             if len(self.repair) < len(KINDS):
@@ -325,13 +325,17 @@ class Restorer:
                 found = diagnosed()
             if found.sigma < UNDAMAGED_SIGMA_255:
                 change(kept_still)
-            for region in holes.regions(destroyed, height, width):
+            for region in self._hole_regions(destroyed, height, width):
                 gate = destroyed[region]
                 self._look_again([(image[region], torch.from_numpy(output[region]), gate)])
                 destroyed[region] = gate
             if len(self.repair) < len(KINDS):
                 change(partial(repair_only, self.repair))
         return Restored(output, *found)
+
+    def _hole_regions(self, destroyed: holes.Destroyed, height: int, width: int) -> list[holes.Region]:
+        """Where to look again; nowhere if patches are to stay."""
+        return holes.regions(destroyed, height, width) if "patches" in self.repair else []
 
     def _look_again(self, places: list[tuple[Pixels, Tensor, holes.Mask]]) -> None:
         """Fill the large holes of results, in place, also with what is seen at half the size.
@@ -340,8 +344,6 @@ class Restorer:
             places: around such holes, damaged, restored, both uint8 [H, W, 3], and which pixels the gate takes for
                 destroyed: in the end all of the holes'.
         """
-        if "patches" not in self.repair:
-            return
         found = [
             (result, result.cpu().numpy().copy(), gate.copy(), gate, hole)
             for damaged, result, gate in places

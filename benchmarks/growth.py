@@ -8,6 +8,7 @@ number of objects in a process of its own.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -154,6 +155,17 @@ def account_rate(rows: int = 200_000, at_once: int = 128) -> float:
             return rows / (time.perf_counter() - started)
 
 
+def by_itself(command: list[str], **settings: str) -> dict[str, float]:
+    """The result that a measurement's own process prints; `settings` are added to its environment."""
+    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        print(done.stderr[-2000:], file=sys.stderr)
+        raise SystemExit(done.returncode)
+    result: dict[str, float] = json.loads(done.stdout.rpartition("result:")[2])
+    print(result, flush=True)
+    return result
+
+
 def main(job: Growth) -> int:
     if job.one:
         print("result:", json.dumps(measure(job)))
@@ -161,12 +173,7 @@ def main(job: Growth) -> int:
     results = []
     for count in job.objects:
         command = [sys.executable, __file__, "--one", "--objects", str(count), "--batch-size", str(job.batch_size)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-        if done.returncode:
-            print(done.stderr[-2000:], file=sys.stderr)
-            return done.returncode
-        results.append(json.loads(done.stdout.rpartition("result:")[2]))
-        print(results[-1])
+        results.append(by_itself(command))
     rates = [round(account_rate()) for _ in range(5)]
     result = {**provenance.record(), "driver_rows_per_second": statistics.median(rates), "results": results}
     job.output.write_text(json.dumps(result, indent=2) + "\n")

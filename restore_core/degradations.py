@@ -136,8 +136,9 @@ def to_gray(images: Tensor) -> Tensor:
 
 def luma(images: Tensor) -> Tensor:
     """The same in one channel, uint8 [B, 1, H, W]."""
-    r, g, b = images.to(torch.int32).unbind(dim=1)
-    return ((19595 * r + 38470 * g + 7471 * b + 0x8000) >> 16).to(torch.uint8)[:, None]
+    r, g, b = (channel.to(torch.int32) for channel in images.unbind(dim=1))
+    y = (r * 19595).add_(g, alpha=38470).add_(b, alpha=7471).add_(0x8000).bitwise_right_shift_(16)
+    return y.to(torch.uint8)[:, None]
 
 
 # --- Their mixture -------------------------------------------------------------------------------------------------

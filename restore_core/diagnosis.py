@@ -12,6 +12,10 @@ from restore_core.degradations import luma, to_gray
 
 CONTEXT = 10
 """How many pixels around it a pixel's part in the diagnosis depends on: windows of 7, 7 and 9 pixels."""
+AROUND = 9
+"""Colours are means over squares of this side, pixels."""
+GRID = 4
+"""They are looked at around each fourth pixel of each fourth row: the squares overlap."""
 
 # Below all of these a photograph counts as undamaged and stays as it is. Found on validation photographs: see
 # DECISIONS.md, "When is a photograph undamaged".
@@ -63,15 +67,20 @@ def evidence(
     """Sums over `rows` and `columns` that a diagnosis consists of, float64 [8, B].
 
     Those of the parts of an image, each given with `CONTEXT` pixels around it where there are some, add up to those of
-    the whole: but for the colour exactly, since they are whole numbers.
+    the whole: but for the colour exactly, since they are whole numbers. Parts must begin at multiples of `GRID`.
     """
     flipped, painted = destroyed_pixels(torch.ones_like(damaged[:, :1]).float() if survival is None else survival)
-    kept = ~(flipped | painted)
-    removed = (luma(damaged).float() - luma(restored).float()).square() * kept  # lost colour is not noise
-    weight = _mean_around(kept.to(torch.uint8), 9)
-    had, has = (_colour(images, kept, weight) for images in (damaged, restored))
-    parts = (torch.ones_like(kept), flipped, painted, kept, removed, weight, had, has)
-    return torch.stack([part[..., rows, columns].sum(dim=(1, 2, 3), dtype=torch.float64) for part in parts])
+    kept = (~(flipped | painted)).to(torch.uint8)
+    damaged, restored = (images.contiguous() * kept for images in (damaged, restored))  # a colour at a time is faster
+    around = _area_on_grid(kept, rows, columns)
+    weight = _on_grid(kept, rows, columns) / around
+    had, has = (_colour(_on_grid(images, rows, columns), around, weight) for images in (damaged, restored))
+    before, after = (luma(images[..., rows, columns]).float() for images in (damaged, restored))
+    removed = before.sub_(after).square_()  # not of colours: what is lost of them is no noise
+    masks = (mask[..., rows, columns] for mask in (torch.ones_like(flipped), flipped, painted, kept))
+    counts = [mask.sum(dim=(1, 2, 3), dtype=torch.int32) for mask in masks]
+    sums = [part.sum(dim=(1, 2, 3), dtype=torch.float64) for part in (removed, weight, had, has)]
+    return torch.stack([*(count.double() for count in counts), *sums])
 
 
 def verdict(sums: Tensor, *, gated: bool) -> list[Diagnosis]:
@@ -94,7 +103,8 @@ def destroyed_pixels(survival: Tensor) -> tuple[Tensor, Tensor]:
     if not destroyed.any():
         return destroyed, destroyed
     # A patch is where nearly all of a neighbourhood is destroyed; flipped pixels stand among survivors.
-    dense = _mean_around(destroyed.to(torch.uint8), 7) > 0.8
+    enough = (0.8 * _area_around(destroyed, 7)).floor().to(torch.uint8)
+    dense = sum_around(destroyed.to(torch.uint8), 7) > enough
     painted = (sum_around(dense.to(torch.uint8), 7) > 0) & destroyed
     return destroyed & ~painted, painted
 
@@ -132,10 +142,10 @@ def kept_still(damaged: Tensor, restored: Tensor, survival: Tensor, found: list[
     limit = LEFT_ALONE * ((UNDAMAGED_SIGMA_255 - noise) / FADE).clamp(0, 1).reshape(-1, 1, 1, 1)
     if not limit.any():
         return restored
-    as_it_was = _untouched(damaged, restored, _lost_colour(found, damaged.device))
-    change = restored.float() - as_it_was.float()
-    rest = change.sign() * (change.abs() - limit).clamp(min=0)
-    return torch.where(survival < 0, restored, (as_it_was + rest).round().to(torch.uint8))
+    as_it_was = _untouched(damaged, restored, _lost_colour(found, damaged.device)).float()
+    change = restored.float() - as_it_was
+    rest = change.abs().sub_(limit).clamp_(min=0).copysign_(change)
+    return torch.where(survival < 0, restored, rest.add_(as_it_was).round_().to(torch.uint8))
 
 
 def _lost_colour(found: list[Diagnosis], device: torch.device) -> Tensor:
@@ -178,21 +188,42 @@ def repair_only(
     return result
 
 
-def _colour(images: Tensor, kept: Tensor, weight: Tensor) -> Tensor:
-    """How far the surviving, locally averaged colours are from grey, of 255, times their weight."""
-    planes = images.to(torch.int16, memory_format=torch.contiguous_format)  # 81 * 255 fits, and it is twice as fast
-    red, green, blue = sum_around(planes * kept, 9).split_with_sizes([1, 1, 1], dim=1)
+def _colour(sums: Tensor, around: Tensor, weight: Tensor) -> Tensor:
+    """How far the surviving, locally averaged colours are from grey, of 255, times their weight.
+
+    Args:
+        sums: of the colours that survived in the squares around the points of the grid, int16 [B, 3, h, w].
+        around: how many pixels lie in such a square.
+        weight: the share of them that survived.
+    """
+    red, green, blue = sums.split_with_sizes([1, 1, 1], dim=1)
     darker, brighter = torch.minimum(red, green), torch.maximum(red, green)
     least, most = torch.minimum(darker, blue), torch.maximum(brighter, blue)
     middle = torch.maximum(darker, torch.minimum(brighter, blue))
     # Three values' distances from their mean add up to 2/3 of what is between all of them and the two furthest apart.
     spread = (most - least).float().add_(torch.maximum(most - middle, middle - least)).mul_(2 / 9)
-    return spread.div_(_area_around(weight, 9)).mul_(weight / weight.clamp(min=0.05))
+    return spread.div_(around).mul_(weight / weight.clamp(min=0.05))
 
 
-def _mean_around(x: Tensor, side: int) -> Tensor:
-    """The mean over the square around each pixel, as far as it lies inside. [B, C, H, W] -> float32, the same"""
-    return sum_around(x, side) / _area_around(x, side)
+def _on_grid(x: Tensor, rows: slice, columns: slice) -> Tensor:
+    """The sum over the square of `AROUND` pixels around every point of the grid in `rows` and `columns`.
+
+    uint8 [B, C, H, W] -> int16 [B, C, h, w]; outside counts as 0. Exact: 81 * 255 fits.
+    """
+    x = F.pad(x, (AROUND // 2,) * 4).to(torch.int16)
+    for dim, part in ((2, rows), (3, columns)):
+        first, end, _ = part.indices(x.shape[dim] - AROUND + 1)
+        lines = x.narrow(dim, first, end - first + AROUND - 1).unfold(dim, AROUND, GRID)
+        x = sum(lines.unbind(-1)[1:], lines[..., 0])
+    return x
+
+
+def _area_on_grid(x: Tensor, rows: slice, columns: slice) -> Tensor:
+    """Of the square around each point of the grid, how many pixels lie inside. [B, C, H, W] -> float32 [1, 1, h, w]"""
+    first = slice(0, 1)
+    ones = torch.ones(1, 1, *x.shape[2:], dtype=torch.uint8, device=x.device)
+    along = _on_grid(ones[..., :1], rows, first), _on_grid(ones[:, :, :1], first, columns)
+    return along[0].float() * along[1]
 
 
 def _area_around(x: Tensor, side: int) -> Tensor:

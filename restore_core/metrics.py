@@ -12,7 +12,7 @@ Pixels = npt.NDArray[np.uint8]
 
 def to_uint8(images: Tensor) -> Tensor:
     """Float images in 0..1 (clipped where outside) to uint8, rounded to nearest. Any shape."""
-    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+    return (images.float() * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def batch_psnr(restored: Tensor, truth: Tensor) -> Tensor:

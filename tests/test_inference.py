@@ -563,7 +563,10 @@ def test_windows_are_those_of_torch(size: tuple[int, int]) -> None:
     x = torch.randint(0, 256, (2, 3, *size), generator=generator).float()
     for side in (7, 9):
         expected = F.avg_pool2d(x, side, stride=1, padding=side // 2, count_include_pad=False)
-        assert torch.equal(diagnosis._mean_around(x, side), expected)
+        assert torch.equal(diagnosis.sum_around(x, side) / diagnosis._area_around(x, side), expected)
+    everywhere = slice(None), slice(None)
+    sums = diagnosis._on_grid(x.to(torch.uint8), *everywhere) / diagnosis._area_on_grid(x, *everywhere)
+    assert torch.equal(sums, expected[..., ::4, ::4])
     survival = F.interpolate(torch.randn(2, 1, *size, generator=generator), scale_factor=4)[..., : size[0], : size[1]]
     dense = F.avg_pool2d((survival < 0).float(), 7, stride=1, padding=3, count_include_pad=False) > 0.8
     painted = (F.max_pool2d(dense.float(), 7, stride=1, padding=3) > 0) & (survival < 0)
@@ -572,10 +575,9 @@ def test_windows_are_those_of_torch(size: tuple[int, int]) -> None:
 
 def test_colour_is_how_far_three_values_are_from_their_mean() -> None:
     images = torch.randint(0, 256, (2, 3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    kept, weight = torch.ones(2, 1, 20, 30, dtype=torch.bool), torch.ones(2, 1, 20, 30)
-    means = F.avg_pool2d(images.float(), 9, stride=1, padding=4, count_include_pad=False)
-    expected = (means - means.mean(dim=1, keepdim=True)).abs().mean(dim=1, keepdim=True)
-    torch.testing.assert_close(diagnosis._colour(images, kept, weight), expected)
+    expected = (images.float() - images.float().mean(dim=1, keepdim=True)).abs().mean(dim=1, keepdim=True)
+    one = torch.ones(2, 1, 20, 30)
+    torch.testing.assert_close(diagnosis._colour(images.to(torch.int16), one, one), expected)
 
 
 def test_an_undamaged_photograph_is_told_as_such() -> None:

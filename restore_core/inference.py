@@ -224,7 +224,7 @@ class Restorer:
             part = images[len(results) : len(results) + rung.batch]
             restored = self._try(part, rung)
             if restored is not None:
-                results += [replace(result, note=rung.note(first)) for result in restored]
+                results += [replace(result, note=rung.note(first) or result.note) for result in restored]
                 continue
             release_memory()
             below = replace(rung, batch=len(part)).below(max(height, width))
@@ -252,7 +252,7 @@ class Restorer:
         batch = to_device(torch.from_numpy(np.stack(images)), device).permute(0, 3, 1, 2)  # [B, 3, H, W]
         image, survival = self._predict(batch, device)
         output = to_uint8(image)
-        found = diagnose(batch, output, survival)
+        found, note = diagnose(batch, output, survival), None
         if survival is not None:
             flipped = [index for index, diagnosis in enumerate(found) if diagnosis.has_flips]
             if flipped:  # once more, without them: see `filled`
@@ -269,12 +269,12 @@ class Restorer:
                 for image, result, gate in zip(images, output.permute(0, 2, 3, 1), gates, strict=True)
                 for region in self._hole_regions(gate, *gate.shape)
             ]
-            self._look_again(places)
+            note = self._look_again(places)
             if len(self.repair) < len(KINDS):
                 gate = torch.where(torch.from_numpy(gates)[:, None].to(device), -1.0, 1.0)
                 output = repair_only(self.repair, batch, output, gate, found)
         pixels = _from_device(output.permute(0, 2, 3, 1).contiguous()).numpy()
-        return [Restored(result, *diagnosis) for result, diagnosis in zip(pixels, found, strict=True)]
+        return [Restored(result, *diagnosis, note) for result, diagnosis in zip(pixels, found, strict=True)]
 
     @torch.inference_mode()
     def _in_pieces(self, image: Pixels, rung: Rung) -> Restored:
@@ -317,7 +317,7 @@ class Restorer:
                 # In place: around a block nothing but the gate is looked at.
                 output[block.at] = changed[0, :, *block.within].permute(1, 2, 0).cpu().numpy()
 
-        found = diagnosed()
+        found, note = diagnosed(), None
         if destroyed is not None:
             if found.has_flips:
                 change(filled)
@@ -327,22 +327,24 @@ class Restorer:
                 change(kept_still)
             for region in self._hole_regions(destroyed, height, width):
                 gate = destroyed[region]
-                self._look_again([(image[region], torch.from_numpy(output[region]), gate)])
+                note = self._look_again([(image[region], torch.from_numpy(output[region]), gate)]) or note
                 destroyed[region] = gate
             if len(self.repair) < len(KINDS):
                 change(partial(repair_only, self.repair))
-        return Restored(output, *found)
+        return Restored(output, *found, note)
 
     def _hole_regions(self, destroyed: holes.Destroyed, height: int, width: int) -> list[holes.Region]:
         """Where to look again; nowhere if patches are to stay."""
         return holes.regions(destroyed, height, width) if "patches" in self.repair else []
 
-    def _look_again(self, places: list[tuple[Pixels, Tensor, holes.Mask]]) -> None:
+    def _look_again(self, places: list[tuple[Pixels, Tensor, holes.Mask]]) -> str | None:
         """Fill the large holes of results, in place, also with what is seen at half the size.
 
         Args:
             places: around such holes, damaged, restored, both uint8 [H, W, 3], and which pixels the gate takes for
                 destroyed: in the end all of the holes'.
+
+        Returns a note on memory that ran out meanwhile, as in `Restored`.
         """
         found = [
             (result, result.cpu().numpy().copy(), gate.copy(), gate, hole)
@@ -354,6 +356,7 @@ class Restorer:
             filled = torch.from_numpy(holes.blended(before, hole, seen.pixels, taken)[hole]).to(result.device)
             result[torch.from_numpy(hole).to(result.device)] = filled
             gate |= hole
+        return next((seen.note for seen in small if seen.note), None)
 
     def _predict(self, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Float [B, 3, H, W] and survival logits [B, 1, H, W] for uint8. Raises FloatingPointError."""

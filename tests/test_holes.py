@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import skimage.data
+import torch
 from PIL import Image
 from scipy import ndimage
 from torch import Tensor
@@ -81,20 +82,21 @@ def test_nothing_else_changes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert np.array_equal(one.pixels, other.pixels)
 
 
-def test_without_memory_for_it_all_is_done_again_in_smaller_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not left out: what comes back must not depend on what else there was to do."""
+@pytest.mark.parametrize("where", ["_of_one_size", "_whole"])
+def test_without_memory_for_it_all_is_done_again_in_smaller_parts(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not left out: what comes back must not depend on what else there was to do. The row says so, too."""
     clean = skimage.data.chelsea()[:200, 100:300]
     images = [degrade_photograph(clean, seed, area=0.15)[0] for seed in (1, 2)]
     restorer = Restorer(checkpoint.read("faces-fast"))
     plenty = restorer(images)
-    whole = Restorer._of_one_size
+    whole = getattr(Restorer, where)
 
-    def short(self: Restorer, images: list[Pixels]) -> list[Restored]:
+    def short(self: Restorer, images: list[Pixels], *device: torch.device) -> list[Restored]:
         if len(images) == 2 and images[0].shape == (100, 100, 3):
             raise MemoryError
-        return whole(self, images)
+        return whole(self, images, *device)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(Restorer, "_of_one_size", short)
+    monkeypatch.setattr(Restorer, where, short)
     scarce = restorer(images)
     assert {result.note for result in scarce} == {"out of memory in a batch of 2; done in a batch of 1"}
     for one, other in zip(plenty, scarce, strict=True):

@@ -22,9 +22,9 @@ AROUND = 16
 """How far around such squares is looked at with them, in squares."""
 PLAIN_SHARE = 0.7
 """Of a painted hole's pixels."""
-TAKEN_SHARE, LEAST_TAKEN, FULL_SHARE = 0.4, 100, 0.95
-"""Of a rectangle of one colour, to be a patch as a whole: what the gate has taken for one, that in pixels, and what of
-its box has the colour."""
+TAKEN_SHARE, LEAST_TAKEN, FULL_SHARE, SQUARE = 0.4, 100, 0.95, 8
+"""Of a region of one colour, to be patches as a whole: what the gate has taken for them, that in pixels, and what of it
+lies in squares of that colour with that side, pixels."""
 MOST_COLOURS = 32
 """So many may be looked at: a picture whose pixels were doubled has many with others of their colour beside them."""
 MOST = 2**22
@@ -79,11 +79,12 @@ def painted(destroyed: Mask, damaged: Pixels) -> Mask:
     plain = _like_a_neighbour(colours, 0) & _like_a_neighbour(colours, 1)
     sizes, plain_sizes = (np.bincount(some, minlength=count + 1) for some in (labels[hole], labels[hole & plain]))
     hole &= (plain_sizes >= PLAIN_SHARE * sizes)[labels]
-    return np.asarray(hole | _rest_of_rectangles(hole & plain, colours))
+    return np.asarray(hole | _rest_of_patches(hole & plain, colours))
 
 
-def _rest_of_rectangles(hole: Mask, colours: Colours) -> Mask:
-    """Rectangles of one colour of which the gate has taken `TAKEN_SHARE` for a patch or more: it is all of them."""
+def _rest_of_patches(hole: Mask, colours: Colours) -> Mask:
+    """Squares of one colour, that may have grown together, of which the gate has taken `TAKEN_SHARE` or more: they are
+    patches as a whole."""
     result = np.zeros_like(hole)
     found, counts = np.unique(colours[hole], return_counts=True)
     commonest = np.argsort(-counts, kind="stable")[:MOST_COLOURS]
@@ -93,9 +94,10 @@ def _rest_of_rectangles(hole: Mask, colours: Colours) -> Mask:
         boxes = ndimage.find_objects(labels)
         # What has not the colour is 0. Noise may have thousands of it, of which few are taken.
         for label in np.flatnonzero(taken[1:] >= np.maximum(LEAST_TAKEN, TAKEN_SHARE * sizes[1:])) + 1:
-            rows, columns = boxes[label - 1]
-            if sizes[label] >= FULL_SHARE * (rows.stop - rows.start) * (columns.stop - columns.start):
-                result[rows, columns] |= labels[rows, columns] == label
+            shape = labels[boxes[label - 1]] == label
+            squares = ndimage.grey_opening(shape.view(np.uint8), SQUARE, mode="constant")  # that lie in it, together
+            if np.count_nonzero(squares) >= FULL_SHARE * sizes[label]:
+                result[boxes[label - 1]] |= shape
     return result
 
 

@@ -158,5 +158,8 @@ def test_half_of_a_patch_is_all_of_it() -> None:
     assert np.array_equal(holes.painted(half, damaged), mask(90, 90, (10, 10, 50, 50)))
     third = mask(90, 90, (10, 10, 50, 23))  # the gate may be right
     assert np.array_equal(holes.painted(third, damaged), third)
-    damaged[50:60, 10:80] = (3, 200, 90)  # no rectangle
+    damaged[30:70, 40:70] = (3, 200, 90)  # another one has grown together with it
+    half = mask(90, 90, (10, 10, 50, 50))
+    assert np.array_equal(holes.painted(half, damaged), mask(90, 90, (10, 10, 50, 50), (30, 40, 70, 70)))
+    damaged[70:75, 10:90] = (3, 200, 90)  # no square
     assert np.array_equal(holes.painted(half, damaged), half)

@@ -224,7 +224,7 @@ class Restorer:
             part = images[len(results) : len(results) + rung.batch]
             restored = self._try(part, rung)
             if restored is not None:
-                results += [replace(result, note=rung.note(first) or result.note) for result in restored]
+                results += [replace(result, note=_joined(rung.note(first), result.note)) for result in restored]
                 continue
             release_memory()
             below = replace(rung, batch=len(part)).below(max(height, width))
@@ -252,7 +252,7 @@ class Restorer:
         batch = to_device(torch.from_numpy(np.stack(images)), device).permute(0, 3, 1, 2)  # [B, 3, H, W]
         image, survival = self._predict(batch, device)
         output = to_uint8(image)
-        found, note = diagnose(batch, output, survival), None
+        found, notes = diagnose(batch, output, survival), dict[int, str | None]()
         if survival is not None:
             flipped = [index for index, diagnosis in enumerate(found) if diagnosis.has_flips]
             if flipped:  # once more, without them: see `filled`
@@ -265,16 +265,22 @@ class Restorer:
             output = kept_still(batch, output, survival, found)
             gates = (survival[:, 0] < 0).cpu().numpy()
             places = [
-                (image[region], result[region], gate[region])
-                for image, result, gate in zip(images, output.permute(0, 2, 3, 1), gates, strict=True)
+                (index, (image[region], result[region], gate[region]))
+                for index, (image, result, gate) in enumerate(
+                    zip(images, output.permute(0, 2, 3, 1), gates, strict=True)
+                )
                 for region in self._hole_regions(gate, *gate.shape)
             ]
-            note = self._look_again(places)
+            for (index, _), note in zip(places, self._look_again([place for _, place in places]), strict=True):
+                notes[index] = _joined(notes.get(index), note)
             if len(self.repair) < len(KINDS):
                 gate = torch.where(torch.from_numpy(gates)[:, None].to(device), -1.0, 1.0)
                 output = repair_only(self.repair, batch, output, gate, found)
         pixels = _from_device(output.permute(0, 2, 3, 1).contiguous()).numpy()
-        return [Restored(result, *diagnosis, note) for result, diagnosis in zip(pixels, found, strict=True)]
+        return [
+            Restored(result, *diagnosis, notes.get(index))
+            for index, (result, diagnosis) in enumerate(zip(pixels, found, strict=True))
+        ]
 
     @torch.inference_mode()
     def _in_pieces(self, image: Pixels, rung: Rung) -> Restored:
@@ -327,8 +333,8 @@ class Restorer:
                 change(kept_still)
             for region in self._hole_regions(destroyed, height, width):
                 gate = destroyed[region]
-                note = self._look_again([(image[region], torch.from_numpy(output[region]), gate)]) or note
-                destroyed[region] = gate
+                (seen,) = self._look_again([(image[region], torch.from_numpy(output[region]), gate)])
+                note, destroyed[region] = _joined(note, seen), gate
             if len(self.repair) < len(KINDS):
                 change(partial(repair_only, self.repair))
         return Restored(output, *found, note)
@@ -337,26 +343,28 @@ class Restorer:
         """Where to look again; nowhere if patches are to stay."""
         return holes.regions(destroyed, height, width) if "patches" in self.repair else []
 
-    def _look_again(self, places: list[tuple[Pixels, Tensor, holes.Mask]]) -> str | None:
+    def _look_again(self, places: list[tuple[Pixels, Tensor, holes.Mask]]) -> list[str | None]:
         """Fill the large holes of results, in place, also with what is seen at half the size.
 
         Args:
             places: around such holes, damaged, restored, both uint8 [H, W, 3], and which pixels the gate takes for
                 destroyed: in the end all of the holes'.
 
-        Returns a note on memory that ran out meanwhile, as in `Restored`.
+        Returns for each a note on memory that ran out meanwhile, as in `Restored`.
         """
         found = [
-            (result, result.cpu().numpy().copy(), gate.copy(), gate, hole)
-            for damaged, result, gate in places
+            (number, result, result.cpu().numpy().copy(), gate.copy(), gate, hole)
+            for number, (damaged, result, gate) in enumerate(places)
             if (hole := holes.painted(gate, damaged)).any()
         ]
-        small = self([holes.halved(before, hole) for _, before, _, _, hole in found])
-        for (result, before, taken, gate, hole), seen in zip(found, small, strict=True):
+        notes: list[str | None] = [None] * len(places)
+        small = self([holes.halved(before, hole) for _, _, before, _, _, hole in found])
+        for (number, result, before, taken, gate, hole), seen in zip(found, small, strict=True):
+            notes[number] = seen.note
             filled = torch.from_numpy(holes.blended(before, hole, seen.pixels, taken)[hole]).to(result.device)
             result[torch.from_numpy(hole).to(result.device)] = filled
             gate |= hole
-        return next((seen.note for seen in small if seen.note), None)
+        return notes
 
     def _predict(self, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Float [B, 3, H, W] and survival logits [B, 1, H, W] for uint8. Raises FloatingPointError."""
@@ -416,6 +424,10 @@ class Restorer:
         fast = gpu_bfloat16(device) if self.precision == "auto" else self.precision == "bfloat16"
         # All threads would share its cache of weights.
         return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
+
+
+def _joined(*notes: str | None) -> str | None:
+    return "; ".join(dict.fromkeys(filter(None, notes))) or None
 
 
 def never_alone(network: nn.Module) -> None:

@@ -6,6 +6,7 @@ are. Written down are the medians, and for the job when its first photograph was
 and the most memory of each kind of process.
 """
 
+import importlib.metadata
 import json
 import math
 import os
@@ -242,8 +243,10 @@ def main(job: RestoreSpeed) -> int:
                 rates.setdefault(name, []).append(measured)
             print(name, measured, flush=True)
     medians = {name: statistics.median(values) for name, values in rates.items()}
+    others = (name for name in ("onnxruntime", "openvino") if any(who.startswith(name) for who in job.contestants))
     result = {
         **provenance.record(),
+        "versions": {**provenance.versions(), **{name: importlib.metadata.version(name) for name in others}},
         "corpus": corpora.CORPORA[job.corpus].title,
         "images": job.images,
         "megapixels": round(megapixels, 3),

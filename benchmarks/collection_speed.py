@@ -29,7 +29,7 @@ PER_FOLDER = 1000
 @dataclass(frozen=True, kw_only=True)
 class CollectionSpeed:
     photographs: Path
-    """A folder of photographs of at least 250x250 pixels, of which the files are made."""
+    """A folder of photographs (*.jpg) of at least 250x250 pixels, of which the files are made."""
     output: Path = Path("benchmarks/collection.json")
     """The result file."""
     images: tuple[int, ...] = (1_000, 10_000, 100_000)

@@ -50,7 +50,7 @@ KINDS = {
 @dataclass(frozen=True, kw_only=True)
 class RestoreSpeed:
     photographs: Path
-    """A folder of photographs of at least 250x250 pixels, of which the files are made."""
+    """A folder of photographs (*.jpg) of at least 250x250 pixels, of which the files are made."""
     corpus: Literal["jpeg-250", "jpeg-1024", "jpeg-4000", "png-250", "mixed"]
     """What files, see benchmarks/corpora.py."""
     images: int

@@ -175,7 +175,7 @@ class Phase:
 
 
 def parse_schedule(text: str) -> tuple[Phase, ...]:
-    """`"48:40,48+96:10"` -> 40 epochs at 48 pixels, then 10 at 48 and 96 pixels in turns. Raises UsageError."""
+    """`"48:40,48+96:10"` -> 40 epochs at 48 pixels, then 10 at 48 or 96 pixels, at random. Raises UsageError."""
     phases = []
     for part in text.split(","):
         sides, colon, epochs = part.partition(":")

@@ -86,7 +86,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, required=True, help="of training, without reading and validation")
     parser.add_argument("--batch-size", type=int, default=256, help="photographs of a step, at most")
     parser.add_argument("--step-pixels", type=int, default=2**21, help="pixels of a step, at most")
-    parser.add_argument("--learning-rate", type=float, help="at the beginning; 4e-4 for faces and 7e-4 for faces-fast if not given")
+    parser.add_argument(
+        "--learning-rate", type=float, help="at the beginning; 4e-4 for faces and 7e-4 for faces-fast if not given"
+    )
     parser.add_argument("--val-images", type=int, default=128, help="photographs of the validation")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()

@@ -58,7 +58,8 @@ def page() -> str:
         *peers(),
         "[quality](quality/quality.md), [other methods](baselines/quality.md), [bfloat16](bfloat16/quality.md), "
         "[with the mirror image](self-ensemble/quality.md), "
-        "[the study of nine networks](study/study.md), how the origin's was trained (origin/metrics.csv, origin/loss.png); what is no damage: overlays.json; other blocks: blocks.json.",
+        "[the study of nine networks](study/study.md), how the origin's was trained (origin/metrics.csv, "
+        "origin/loss.png); what is no damage: overlays.json; other blocks: blocks.json.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -270,10 +271,11 @@ def peers() -> Iterator[str]:
         lines.append(f"| {' | '.join([row['damage'].replace('_', ' '), row['peer'], *cells])} |")
     names = ", ".join(f"`{model}`" for model in models)
     yield (
-        f"PSNR in dB of the best other tool for each damage, and what the models ({names}) have more. Most of those tools are told "
-        "the true sigma or the exact mask, the models nothing. The tools were measured on LFW's test people, not by a "
-        "command here (peers.csv), the models on other held-out people ([quality](quality/quality.md)): what is less "
-        "than some tenths says little. To be reached is 1 dB more everywhere."
+        f"PSNR in dB of the best other tool for each damage, and what the models ({names}) have more. Most of those "
+        "tools are told the true sigma or the exact mask, the models nothing. The tools were measured on LFW's test "
+        "people, not by a command here (peers.csv), the models on other held-out people "
+        "([quality](quality/quality.md)): what is less than some tenths says little. To be reached is 1 dB more "
+        "everywhere."
     )
     yield "\n".join(lines)
     yield (

@@ -33,6 +33,11 @@ MOST = 2**22
 SHARE = 2 / 3
 """Of the look at half the size in the result; the rest is what was there."""
 
+WAVERING = 2
+"""So near to what it has not taken for destroyed the gate's result is a mixture with what was painted, pixels."""
+DARK = 64
+"""What is around a hole is no brighter on average, in its brightest colour, of 255."""
+
 Pixels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 Colours = npt.NDArray[np.uint32]
@@ -135,15 +140,53 @@ def halved(pixels: Pixels, hole: Mask) -> Pixels:
     return np.ascontiguousarray(small[0].permute(1, 2, 0).numpy())
 
 
-def blended(pixels: Pixels, hole: Mask, small: Pixels, destroyed: Mask) -> Pixels:
+def blended(pixels: Pixels, hole: Mask, destroyed: Mask, small: Pixels, destroyed_small: Mask) -> Pixels:
     """uint8 [H, W, 3] whose holes are, to `SHARE`, what the restored picture of half the size has there.
 
-    Where the gate had not taken the pixels for destroyed, they are that altogether.
+    Where the gate had not taken the pixels for destroyed, they are that altogether; where it had not at half the size,
+    they stay what they are; and where it had in neither look, they become what is around the hole. But a hole that is
+    in the dark may be as black as it was painted.
     """
     height, width = hole.shape
     once = torch.from_numpy(np.ascontiguousarray(small)).permute(2, 0, 1)[None].float()
     twice = F.interpolate(once, scale_factor=2, mode="bilinear", align_corners=False)[0, :, :height, :width]
+    left = _grown(_half(hole) & ~destroyed_small, 1).repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
+    around = _pulled(pixels, hole) if left.any() else pixels
+    labels, count = ndimage.label(hole)
+    left &= (ndimage.mean(around.max(axis=2), labels, np.arange(count + 1)) > DARK)[labels]
+    filled = destroyed & ~_grown(hole & ~destroyed, WAVERING)
     result = pixels.copy()
-    share = np.where(destroyed[hole], np.float32(SHARE), np.float32(1))[:, None]
+    share = np.where(left, 0, np.where(filled, np.float32(SHARE), np.float32(1)))[hole][:, None]
     result[hole] = np.rint(share * twice.permute(1, 2, 0).numpy()[hole] + (1 - share) * pixels[hole]).astype(np.uint8)
+    empty = hole & left & ~filled
+    result[empty] = around[empty]
     return result
+
+
+def _half(hole: Mask) -> Mask:
+    """At half the size: where most of it was."""
+    gone = F.pad(torch.from_numpy(hole)[None, None].float(), (0, hole.shape[1] % 2, 0, hole.shape[0] % 2), "replicate")
+    return (F.avg_pool2d(gone, 2) > 0.5)[0, 0].numpy()
+
+
+def _grown(mask: Mask, by: int) -> Mask:
+    """With what is within `by` pixels, in squares."""
+    return ndimage.maximum_filter(mask, 2 * by + 1)  # type: ignore[no-any-return]
+
+
+def _pulled(pixels: Pixels, empty: Mask) -> Pixels:
+    """uint8 [H, W, 3] whose empty pixels are means of those around them, from further away the fewer of them are near
+    (pull-push: Gortler 1996, section 3.4)."""
+    values = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+    known = torch.from_numpy(~empty)[None, None].float()
+    finer = []
+    while known.min() == 0 and max(known.shape) > 1:
+        finer.append((values, known))
+        padding = (0, known.shape[3] % 2, 0, known.shape[2] % 2)
+        share = F.avg_pool2d(F.pad(known, padding), 2)
+        values = F.avg_pool2d(F.pad(values * known, padding), 2) / share.clamp(min=1e-6)
+        known = (4 * share).clamp(max=1)
+    for fine, share in reversed(finer):
+        coarse = F.interpolate(values, scale_factor=2, mode="bilinear", align_corners=False)
+        values = share * fine + (1 - share) * coarse[:, :, : fine.shape[2], : fine.shape[3]]
+    return np.ascontiguousarray(values[0].permute(1, 2, 0).round().to(torch.uint8).numpy())

@@ -97,6 +97,8 @@ class Restored:
     """How much of the result's colour the input lacked, 0 (none) to 1 (all of it)."""
     note: str | None = None
     """What was done about memory that ran out, one line; None where it did not."""
+    destroyed: holes.Destroyed | None = None
+    """Which pixels the network took for that, while it is at work."""
 
     def undamaged(self, *, gray_file: bool = False, repair: Container[Kind] = KINDS) -> bool:
         """Tell whether nothing worth changing was found, of the kinds of damage that are to be repaired.
@@ -197,6 +199,9 @@ class Restorer:
         Raises FloatingPointError where a result is NaN, Inf or far out of range, and MemoryError where memory does not
         even suffice for the smallest tiles.
         """
+        return [replace(result, destroyed=None) for result in self._restored(images)]
+
+    def _restored(self, images: list[Pixels]) -> list[Restored]:
         same_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, image in enumerate(images):
             same_size[image.shape].append(index)
@@ -252,7 +257,7 @@ class Restorer:
         batch = to_device(torch.from_numpy(np.stack(images)), device).permute(0, 3, 1, 2)  # [B, 3, H, W]
         image, survival = self._predict(batch, device)
         output = to_uint8(image)
-        found, notes = diagnose(batch, output, survival), dict[int, str | None]()
+        found, notes, gates = diagnose(batch, output, survival), dict[int, str | None](), None
         if survival is not None:
             flipped = [index for index, diagnosis in enumerate(found) if diagnosis.has_flips]
             if flipped:  # once more, without them: see `filled`
@@ -278,7 +283,7 @@ class Restorer:
                 output = repair_only(self.repair, batch, output, gate, found)
         pixels = _from_device(output.permute(0, 2, 3, 1).contiguous()).numpy()
         return [
-            Restored(result, *diagnosis, notes.get(index))
+            Restored(result, *diagnosis, notes.get(index), None if gates is None else gates[index])
             for index, (result, diagnosis) in enumerate(zip(pixels, found, strict=True))
         ]
 
@@ -337,7 +342,7 @@ class Restorer:
                 note, destroyed[region] = _joined(note, seen), gate
             if len(self.repair) < len(KINDS):
                 change(partial(repair_only, self.repair))
-        return Restored(output, *found, note)
+        return Restored(output, *found, note, destroyed)
 
     def _hole_regions(self, destroyed: holes.Destroyed, height: int, width: int) -> list[holes.Region]:
         """Where to look again; nowhere if patches are to stay."""
@@ -358,12 +363,15 @@ class Restorer:
             if (hole := holes.painted(gate, damaged)).any()
         ]
         notes: list[str | None] = [None] * len(places)
-        small = self([holes.halved(before, hole) for _, _, before, _, _, hole in found])
+        small = self._restored([holes.halved(before, hole) for _, _, before, _, _, hole in found])
         for (number, result, before, taken, gate, hole), seen in zip(found, small, strict=True):
-            notes[number] = seen.note
-            filled = torch.from_numpy(holes.blended(before, hole, seen.pixels, taken)[hole]).to(result.device)
-            result[torch.from_numpy(hole).to(result.device)] = filled
+            assert seen.destroyed is not None
+            height, width, _ = seen.pixels.shape
+            taken_small = seen.destroyed[slice(0, height), slice(0, width)]
+            filled = holes.blended(before, hole, taken, seen.pixels, taken_small)[hole]
+            result[torch.from_numpy(hole).to(result.device)] = torch.from_numpy(filled).to(result.device)
             gate |= hole
+            notes[number] = seen.note
         return notes
 
     def _predict(self, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:

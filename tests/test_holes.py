@@ -48,11 +48,37 @@ def test_half_the_size_shows_what_is_around_a_hole() -> None:
     small = holes.halved(pixels, hole)
     assert small.shape == (4, 5, 3)
     assert (small[1:3, 2] == 0).all() and (small[0] == 100).all() and (small[:, 1] == 100).all()
-    after = holes.blended(pixels, hole, np.full((4, 5, 3), 50, np.uint8), mask(7, 9, (2, 3, 6, 5)))
+
+
+def picture_of_a_hole() -> tuple[Pixels, Mask]:
+    """Of 100, and 200 was filled into the hole."""
+    pixels, hole = np.full((41, 39, 3), 100, np.uint8), mask(41, 39, (10, 10, 30, 30))
+    pixels[hole] = 200
+    return pixels, hole
+
+
+def test_a_hole_becomes_a_mixture_of_two_looks() -> None:
+    pixels, hole = picture_of_a_hole()
+    destroyed = mask(41, 39, (10, 10, 30, 20))
+    everywhere = np.ones((21, 20), bool)
+    after = holes.blended(pixels, hole, destroyed, np.full((21, 20, 3), 50, np.uint8), everywhere)
     assert (after[~hole] == 100).all()
-    assert (after[2:6, 3:5] == 100).all() and (
-        after[2:6, 5] == 50
-    ).all()  # (2 * 50 + 200) / 3, and what the gate missed
+    assert (after[10:30, 10:18] == 100).all()  # (2 * 50 + 200) / 3
+    assert (after[10:30, 18:30] == 50).all()  # what the gate missed, and what is next to it
+
+
+def test_what_stayed_black_at_half_the_size_is_not_mixed_in() -> None:
+    """Where it was not filled in either look, it is like what is around; where all that is dark, it may be black."""
+    pixels, hole = picture_of_a_hole()
+    destroyed = mask(41, 39, (10, 10, 30, 20))
+    black, nowhere = np.zeros((21, 20, 3), np.uint8), np.zeros((21, 20), bool)
+    after = holes.blended(pixels, hole, destroyed, black, nowhere)
+    assert (after[~hole] == 100).all()
+    assert (after[10:30, 10:18] == 200).all()
+    assert (after[10:30, 18:30] == 100).all()
+    pixels[~hole] = 20
+    after = holes.blended(pixels, hole, destroyed, black, nowhere)
+    assert (after[10:30, 10:18] == 67).all() and (after[10:30, 18:30] == 0).all()
 
 
 @pytest.mark.parametrize("name", ["faces", "faces-fast"])

@@ -148,12 +148,16 @@ def blended(pixels: Pixels, hole: Mask, destroyed: Mask, small: Pixels, destroye
     in the dark may be as black as it was painted.
     """
     height, width = hole.shape
+    left = _grown(_half(hole) & ~destroyed_small, 1).repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
+    around = pixels
+    if left.any():
+        around = _pulled(pixels, hole)
+        labels, count = ndimage.label(hole, np.ones((3, 3)))
+        bright = np.zeros(count + 1, bool)
+        bright[1:] = ndimage.mean(around.max(axis=2), labels, np.arange(1, count + 1)) > DARK
+        left &= bright[labels]
     once = torch.from_numpy(np.ascontiguousarray(small)).permute(2, 0, 1)[None].float()
     twice = F.interpolate(once, scale_factor=2, mode="bilinear", align_corners=False)[0, :, :height, :width]
-    left = _grown(_half(hole) & ~destroyed_small, 1).repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
-    around = _pulled(pixels, hole) if left.any() else pixels
-    labels, count = ndimage.label(hole)
-    left &= (ndimage.mean(around.max(axis=2), labels, np.arange(count + 1)) > DARK)[labels]
     filled = destroyed & ~_grown(hole & ~destroyed, WAVERING)
     result = pixels.copy()
     share = np.where(left, 0, np.where(filled, np.float32(SHARE), np.float32(1)))[hole][:, None]
@@ -177,16 +181,20 @@ def _grown(mask: Mask, by: int) -> Mask:
 def _pulled(pixels: Pixels, empty: Mask) -> Pixels:
     """uint8 [H, W, 3] whose empty pixels are means of those around them, from further away the fewer of them are near
     (pull-push: Gortler 1996, section 3.4)."""
-    values = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
-    known = torch.from_numpy(~empty)[None, None].float()
-    finer = []
-    while known.min() == 0 and max(known.shape) > 1:
-        finer.append((values, known))
-        padding = (0, known.shape[3] % 2, 0, known.shape[2] % 2)
-        share = F.avg_pool2d(F.pad(known, padding), 2)
-        values = F.avg_pool2d(F.pad(values * known, padding), 2) / share.clamp(min=1e-6)
-        known = (4 * share).clamp(max=1)
-    for fine, share in reversed(finer):
-        coarse = F.interpolate(values, scale_factor=2, mode="bilinear", align_corners=False)
-        values = share * fine + (1 - share) * coarse[:, :, : fine.shape[2], : fine.shape[3]]
-    return np.ascontiguousarray(values[0].permute(1, 2, 0).round().to(torch.uint8).numpy())
+    result = np.empty_like(pixels)
+    for colour in range(3):  # one at a time, for the memory
+        values = torch.from_numpy(np.ascontiguousarray(pixels[:, :, colour]))[None, None].float()
+        known = torch.from_numpy(~empty)[None, None].float()
+        finer = []
+        while known.min() == 0 and max(known.shape) > 1:
+            finer.append((values, known))
+            padding = (0, known.shape[3] % 2, 0, known.shape[2] % 2)
+            share = F.avg_pool2d(F.pad(known, padding), 2)
+            values = F.avg_pool2d(F.pad(values * known, padding), 2) / share.clamp(min=1e-6)
+            known = (4 * share).clamp(max=1)
+        while finer:
+            fine, share = finer.pop()
+            coarse = F.interpolate(values, scale_factor=2, mode="bilinear", align_corners=False)
+            values = share * fine + (1 - share) * coarse[:, :, : fine.shape[2], : fine.shape[3]]
+        result[:, :, colour] = values[0, 0].round().to(torch.uint8).numpy()
+    return result

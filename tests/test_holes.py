@@ -76,6 +76,8 @@ def test_what_stayed_black_at_half_the_size_is_not_mixed_in() -> None:
     assert (after[~hole] == 100).all()
     assert (after[10:30, 10:18] == 200).all()
     assert (after[10:30, 18:30] == 100).all()
+    everything = np.ones((41, 39), bool)
+    assert not holes.blended(np.zeros_like(pixels), everything, everything, black, nowhere).any()
     pixels[~hole] = 20
     after = holes.blended(pixels, hole, destroyed, black, nowhere)
     assert (after[10:30, 10:18] == 67).all() and (after[10:30, 18:30] == 0).all()

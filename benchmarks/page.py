@@ -255,12 +255,12 @@ def peers() -> Iterator[str]:
     result = json.loads(QUALITY.read_text())
     models = [model["name"] for model in result["models"]]
     psnr = {(row["damage"], str(row["size"]), row["method"]): row["psnr"] for row in result["rows"]}
-    lines, margins = [], {model: list[float]() for model in models}
+    margins = {model: list[float]() for model in models}
     with PEERS.open(newline="") as file:
         best = list(csv.DictReader(file))
     sizes = list(best[0])[2:]
     head = " | ".join("whole" if size == "0" else f"{size} px" for size in sizes)
-    lines += [f"| damage | the best other tool | {head} |", "|---" * (len(sizes) + 2) + "|"]
+    lines = [f"| damage | the best other tool | {head} |", "|---" * (len(sizes) + 2) + "|"]
     for row in best:
         cells = []
         for size in sizes:

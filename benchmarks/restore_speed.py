@@ -6,7 +6,6 @@ are. Written down are the medians, and for the job when its first photograph was
 and the most memory of each kind of process.
 """
 
-import importlib.metadata
 import json
 import math
 import os
@@ -246,7 +245,7 @@ def main(job: RestoreSpeed) -> int:
     others = (name for name in ("onnxruntime", "openvino") if any(who.startswith(name) for who in job.contestants))
     result = {
         **provenance.record(),
-        "versions": {**provenance.versions(), **{name: importlib.metadata.version(name) for name in others}},
+        "versions": provenance.versions(*others),
         "corpus": corpora.CORPORA[job.corpus].title,
         "images": job.images,
         "megapixels": round(megapixels, 3),

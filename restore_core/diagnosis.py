@@ -64,7 +64,7 @@ def evidence(
     rows: slice = slice(None),
     columns: slice = slice(None),
 ) -> Tensor:
-    """Sums over `rows` and `columns` that a diagnosis consists of, float64 [8, B].
+    """Sums over `rows` and `columns` that a diagnosis consists of, float64 [7, B].
 
     Those of the parts of an image, each given with `CONTEXT` pixels around it where there are some, add up to those of
     the whole: but for the colour exactly, since they are whole numbers. Parts must begin at multiples of `GRID`.
@@ -72,12 +72,12 @@ def evidence(
     flipped, painted = destroyed_pixels(torch.ones_like(damaged[:, :1]).float() if survival is None else survival)
     kept = (~(flipped | painted)).to(torch.uint8)
     damaged, restored = (images.contiguous() * kept for images in (damaged, restored))  # a colour at a time is faster
-    around = _area_on_grid(kept, rows, columns)
+    around = _area_around(kept, AROUND)[..., rows, columns][..., ::GRID, ::GRID]
     weight = _on_grid(kept, rows, columns) / around
     had, has = (_colour(_on_grid(images, rows, columns), around, weight) for images in (damaged, restored))
     before, after = (luma(images[..., rows, columns]).float() for images in (damaged, restored))
     removed = before.sub_(after).square_()  # not of colours: what is lost of them is no noise
-    masks = (mask[..., rows, columns] for mask in (torch.ones_like(flipped), flipped, painted, kept))
+    masks = (mask[..., rows, columns] for mask in (flipped, painted, kept))
     counts = [mask.sum(dim=(1, 2, 3), dtype=torch.int32) for mask in masks]
     sums = [part.sum(dim=(1, 2, 3), dtype=torch.float64) for part in (removed, weight, had, has)]
     return torch.stack([*(count.double() for count in counts), *sums])
@@ -85,12 +85,12 @@ def evidence(
 
 def verdict(sums: Tensor, *, gated: bool) -> list[Diagnosis]:
     """The diagnoses that `evidence` amounts to."""
-    area, flipped, painted, kept, removed, weight, had, has = sums
+    flipped, painted, kept, removed, weight, had, has = sums
     luma_sigma = (removed / kept.clamp(min=1)).sqrt()
     sigma = luma_sigma / (0.299**2 + 0.587**2 + 0.114**2) ** 0.5  # independent channels average out in the luma
     had, has = had / weight.clamp(min=1e-6), has / weight.clamp(min=1e-6)
     gray = ((has - had) / has.clamp(min=1.0)).clamp(min=0.0)
-    flips, patches = flipped / (area - painted).clamp(min=1), painted / area
+    flips, patches = flipped / (flipped + kept).clamp(min=1), painted / (flipped + painted + kept)
     return [
         Diagnosis(row[0], row[1] if gated else None, row[2] if gated else None, row[3])
         for row in torch.stack([sigma, flips, patches, gray], dim=1).tolist()
@@ -208,7 +208,8 @@ def _colour(sums: Tensor, around: Tensor, weight: Tensor) -> Tensor:
 def _on_grid(x: Tensor, rows: slice, columns: slice) -> Tensor:
     """The sum over the square of `AROUND` pixels around every point of the grid in `rows` and `columns`.
 
-    uint8 [B, C, H, W] -> int16 [B, C, h, w]; outside counts as 0. Exact: 81 * 255 fits.
+    uint8 [B, C, H, W] -> int16 [B, C, h, w]; outside counts as 0. Exact: 81 * 255 fits. The same as `sum_around` has
+    there, for a fourth of its time.
     """
     x = F.pad(x, (AROUND // 2,) * 4).to(torch.int16)
     for dim, part in ((2, rows), (3, columns)):
@@ -216,14 +217,6 @@ def _on_grid(x: Tensor, rows: slice, columns: slice) -> Tensor:
         lines = x.narrow(dim, first, end - first + AROUND - 1).unfold(dim, AROUND, GRID)
         x = sum(lines.unbind(-1)[1:], lines[..., 0])
     return x
-
-
-def _area_on_grid(x: Tensor, rows: slice, columns: slice) -> Tensor:
-    """Of the square around each point of the grid, how many pixels lie inside. [B, C, H, W] -> float32 [1, 1, h, w]"""
-    first = slice(0, 1)
-    ones = torch.ones(1, 1, *x.shape[2:], dtype=torch.uint8, device=x.device)
-    along = _on_grid(ones[..., :1], rows, first), _on_grid(ones[:, :, :1], first, columns)
-    return along[0].float() * along[1]
 
 
 def _area_around(x: Tensor, side: int) -> Tensor:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
+from torch import Tensor
 
 from restore_core.diagnosis import destroyed_pixels
 
@@ -62,7 +63,7 @@ def regions(destroyed: Destroyed, height: int, width: int) -> list[Region]:
     solid = np.concatenate(bands)
     if not solid.any():
         return []
-    near = ndimage.maximum_filter(solid, 2 * AROUND + 1)
+    near = _grown(solid, AROUND)
 
     def pixels(part: slice, count: int, length: int) -> slice:
         return slice(part.start * BLOCK, length if part.stop == count else part.stop * BLOCK)
@@ -130,12 +131,10 @@ def _like_a_neighbour(colours: Colours, axis: int) -> Mask:
 
 def halved(pixels: Pixels, hole: Mask) -> Pixels:
     """uint8 [H, W, 3] at half the size, the means of what is not in a hole; holes are black."""
-    height, width = hole.shape
-    padding = (0, width % 2, 0, height % 2)
-    image = F.pad(torch.from_numpy(pixels).permute(2, 0, 1)[None].float(), padding, mode="replicate")
-    gone = F.pad(torch.from_numpy(hole)[None, None].float(), padding, mode="replicate")
-    share = F.avg_pool2d(gone, 2)
-    small = F.avg_pool2d(image * (1 - gone), 2) / (1 - share).clamp(min=1e-3)
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+    gone = torch.from_numpy(hole)[None, None].float()
+    share = _half(gone)
+    small = _half(image * (1 - gone)) / (1 - share).clamp(min=1e-3)
     small = torch.where(share > 0.5, 0.0, small).round().to(torch.uint8)
     return np.ascontiguousarray(small[0].permute(1, 2, 0).numpy())
 
@@ -148,10 +147,11 @@ def blended(pixels: Pixels, hole: Mask, destroyed: Mask, small: Pixels, destroye
     in the dark may be as black as it was painted.
     """
     height, width = hole.shape
-    left = _grown(_half(hole) & ~destroyed_small, 1).repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
+    painted_small = (_half(torch.from_numpy(hole)[None, None].float()) > 0.5)[0, 0].numpy()
+    left = _grown(painted_small & ~destroyed_small, 1).repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
     around = pixels
     if left.any():
-        around = _pulled(pixels, hole)
+        around = _around(pixels, hole)
         labels, count = ndimage.label(hole, np.ones((3, 3)))
         bright = np.zeros(count + 1, bool)
         bright[1:] = ndimage.mean(around.max(axis=2), labels, np.arange(1, count + 1)) > DARK
@@ -167,10 +167,9 @@ def blended(pixels: Pixels, hole: Mask, destroyed: Mask, small: Pixels, destroye
     return result
 
 
-def _half(hole: Mask) -> Mask:
-    """At half the size: where most of it was."""
-    gone = F.pad(torch.from_numpy(hole)[None, None].float(), (0, hole.shape[1] % 2, 0, hole.shape[0] % 2), "replicate")
-    return (F.avg_pool2d(gone, 2) > 0.5)[0, 0].numpy()
+def _half(x: Tensor) -> Tensor:
+    """At half the size: means, with the last row and column repeated where there is an odd number of them."""
+    return F.avg_pool2d(F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2), mode="replicate"), 2)
 
 
 def _grown(mask: Mask, by: int) -> Mask:
@@ -178,23 +177,22 @@ def _grown(mask: Mask, by: int) -> Mask:
     return ndimage.maximum_filter(mask, 2 * by + 1)  # type: ignore[no-any-return]
 
 
-def _pulled(pixels: Pixels, empty: Mask) -> Pixels:
+def _around(pixels: Pixels, empty: Mask) -> Pixels:
     """uint8 [H, W, 3] whose empty pixels are means of those around them, from further away the fewer of them are near
     (pull-push: Gortler 1996, section 3.4)."""
-    result = np.empty_like(pixels)
-    for colour in range(3):  # one at a time, for the memory
-        values = torch.from_numpy(np.ascontiguousarray(pixels[:, :, colour]))[None, None].float()
-        known = torch.from_numpy(~empty)[None, None].float()
-        finer = []
-        while known.min() == 0 and max(known.shape) > 1:
-            finer.append((values, known))
-            padding = (0, known.shape[3] % 2, 0, known.shape[2] % 2)
-            share = F.avg_pool2d(F.pad(known, padding), 2)
-            values = F.avg_pool2d(F.pad(values * known, padding), 2) / share.clamp(min=1e-6)
-            known = (4 * share).clamp(max=1)
-        while finer:
-            fine, share = finer.pop()
-            coarse = F.interpolate(values, scale_factor=2, mode="bilinear", align_corners=False)
-            values = share * fine + (1 - share) * coarse[:, :, : fine.shape[2], : fine.shape[3]]
-        result[:, :, colour] = values[0, 0].round().to(torch.uint8).numpy()
-    return result
+    known = torch.from_numpy(~empty)[None, None].float()
+    colours = torch.from_numpy(pixels).permute(2, 0, 1)  # one at a time, for the memory
+    filled = [_pulled(colour[None, None].float(), known)[0, 0].round().to(torch.uint8).numpy() for colour in colours]
+    return np.stack(filled, axis=2)
+
+
+def _pulled(values: Tensor, known: Tensor) -> Tensor:
+    """The values, and where `known` is 0 and not 1 what is there at half the size. [1, 1, H, W] all"""
+    if known.min() == 1 or known.numel() == 1:
+        return values
+    padding = (0, known.shape[3] % 2, 0, known.shape[2] % 2)
+    share = F.avg_pool2d(F.pad(known, padding), 2)
+    half = F.avg_pool2d(F.pad(values * known, padding), 2) / share.clamp(min=1e-6)
+    half = _pulled(half, (share > 0).float())
+    twice = F.interpolate(half, scale_factor=2, mode="bilinear", align_corners=False)
+    return torch.where(known > 0, values, twice[:, :, : known.shape[2], : known.shape[3]])

@@ -202,6 +202,7 @@ class Restorer:
         return [replace(result, destroyed=None) for result in self._restored(images)]
 
     def _restored(self, images: list[Pixels]) -> list[Restored]:
+        """The same, and which pixels were destroyed."""
         same_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, image in enumerate(images):
             same_size[image.shape].append(index)
@@ -269,15 +270,13 @@ class Restorer:
                     found[index] = diagnosis
             output = kept_still(batch, output, survival, found)
             gates = (survival[:, 0] < 0).cpu().numpy()
-            places = [
-                (index, (image[region], result[region], gate[region]))
-                for index, (image, result, gate) in enumerate(
-                    zip(images, output.permute(0, 2, 3, 1), gates, strict=True)
-                )
-                for region in self._hole_regions(gate, *gate.shape)
+            regions = [
+                (at, region) for at, gate in enumerate(gates) for region in self._hole_regions(gate, *gate.shape)
             ]
-            for (index, _), note in zip(places, self._look_again([place for _, place in places]), strict=True):
-                notes[index] = _joined(notes.get(index), note)
+            results = output.permute(0, 2, 3, 1)
+            places = [(images[at][region], results[at][region], gates[at][region]) for at, region in regions]
+            for (at, _), note in zip(regions, self._look_again(places), strict=True):
+                notes[at] = _joined(notes.get(at), note)
             if len(self.repair) < len(KINDS):
                 gate = torch.where(torch.from_numpy(gates)[:, None].to(device), -1.0, 1.0)
                 output = repair_only(self.repair, batch, output, gate, found)

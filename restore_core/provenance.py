@@ -42,8 +42,8 @@ def record() -> dict[str, object]:
     }
 
 
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+def versions(*others: str) -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: _version(name) for name in (*PACKAGES, *others)}}
 
 
 def _version(package: str) -> str:
